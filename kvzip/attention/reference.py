@@ -1,0 +1,62 @@
+"""The oracle: attention in float32 with plain tensor operations, tiled so that memory does not grow."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kvzip.attention.combine import attend_blocks, merge
+
+# Logits held at once, over all heads; 4 MiB on a CPU, where small tiles stay in cache.
+TILE_LOGITS = {"cpu": 1 << 20}
+_TILE_LOGITS_ACCELERATOR = 1 << 24
+_MIN_KEYS = 64
+
+
+def tile_logits(device: torch.device) -> int:
+    """How many float32 logits a pass may hold at once on `device`."""
+    return TILE_LOGITS.get(device.type, _TILE_LOGITS_ACCELERATOR)
+
+
+def logits_of(rows: Tensor, keys: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """Scaled, capped logits (..., rows, kv_len) in float32 of rows (..., rows, d) and keys (..., kv_len, d)."""
+    logits = (rows.float() * scaling) @ keys.float().transpose(-1, -2)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _block(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    _, heads, num_rows, _ = rows.shape
+    kv_len = keys.shape[2]
+    budget = tile_logits(rows.device) // heads
+    row_step = max(1, min(num_rows, budget // _MIN_KEYS))
+    key_step = max(_MIN_KEYS, budget // row_step)
+    output = rows.new_zeros((1, heads, num_rows, values.shape[-1]), dtype=torch.float32)
+    lse = rows.new_full((1, heads, num_rows), -torch.inf, dtype=torch.float32)
+    positions = torch.arange(kv_len, device=rows.device)
+    for r in range(0, num_rows, row_step):
+        row = slice(r, min(r + row_step, num_rows))
+        for k in range(0, kv_len, key_step):
+            key = slice(k, min(k + key_step, kv_len))
+            logits = logits_of(rows[:, :, row], keys[:, :, key], scaling, softcap)
+            if mask is not None:
+                logits.masked_fill_(~mask[None, :, None, key], -torch.inf)
+            if causal:
+                token = torch.arange(row.start, row.stop, device=rows.device) % kv_len
+                logits.masked_fill_(positions[key] > token[:, None], -torch.inf)
+            tile_lse = logits.logsumexp(-1)
+            weights = (logits - torch.where(tile_lse == -torch.inf, 0.0, tile_lse)[..., None]).exp_()
+            tile = weights @ values[:, :, key].float()
+            output[:, :, row], lse[:, :, row] = merge(output[:, :, row], lse[:, :, row], tile, tile_lse)
+    return output, lse
+
+
+attend = partial(attend_blocks, _block)

@@ -1,0 +1,320 @@
+"""The KV object: a transformers cache of one context, which knows its scores and can be pruned."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kvzip.kvcache import selection
+from kvzip.kvcache.layer import ContextLayer, Observer
+from kvzip.kvcache.sliding import SlidingLayer
+from kvzip.kvcache.summary import describe
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+KV_TYPES = ("evict", "retain")
+
+
+class PruneResult(NamedTuple):
+    """What `prune` did: the smallest kept score (None where each head has its own) and the kept fraction."""
+
+    threshold: float | None
+    ratio: float
+
+
+class KVCache(Cache):
+    """Keys and values of prefix + context, their scores, and the tail of the running conversation.
+
+    Made by `ModelKVzip.prefill`; usable as `past_key_values` of stock transformers generation on the same model.
+
+    Attributes:
+        input_ids: (logical length,) int64 on the CPU: prefix, context and the turns that were kept.
+        prefix_length: protected tokens in front of the context.
+        context_length: tokens of the context, before pruning.
+        kv_type: "evict" frees what is pruned; "retain" keeps and masks it, so that any ratio can follow any other.
+        model_id: what the cache belongs to (fingerprint of weights and tokenizer).
+        head_scores: (num_layers, num_key_value_heads) loaded head scores, or None.
+        level: the level `prune` uses when it is not told one.
+    """
+
+    layers: list[ContextLayer | SlidingLayer]  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        layers: Sequence[ContextLayer | SlidingLayer],
+        *,
+        kv_type: str = "evict",
+        model_id: Mapping[str, str] | None = None,
+    ) -> None:
+        if kv_type not in KV_TYPES:
+            raise ValueError(f"unknown kv_type {kv_type!r}; expected one of {KV_TYPES}")
+        super().__init__(layers=list(layers))
+        self.kv_type = kv_type
+        self.model_id = dict(model_id or {})
+        self.input_ids = torch.empty(0, dtype=torch.int64)
+        self.head_scores: Tensor | None = None
+        self.level = "pair"
+        self.pruned_with: dict[str, str | float] = {}
+        self._scores: dict[str, Tensor] = {}
+
+    # -- what is stored ----------------------------------------------------------------------------------------------
+
+    @property
+    def context_layers(self) -> list[ContextLayer]:
+        """The prunable layers, in order; rows of `scores` and `kv_len_per_head`."""
+        return [layer for layer in self.layers if isinstance(layer, ContextLayer)]
+
+    @property
+    def layer_indices(self) -> list[int]:
+        """Indices of the prunable layers among the model's layers."""
+        return [index for index, layer in enumerate(self.layers) if isinstance(layer, ContextLayer)]
+
+    @property
+    def prefix_length(self) -> int:
+        """Protected tokens in front of the context."""
+        return self.context_layers[0].prefix_length
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the context, before pruning."""
+        return self.context_layers[0].context_length
+
+    @property
+    def sealed_length(self) -> int:
+        """Logical length of prefix and context."""
+        return self.context_layers[0].sealed_length
+
+    @property
+    def tail_length(self) -> int:
+        """Tokens after the context: kept turns."""
+        return self.context_layers[0].tail_length
+
+    @property
+    def keep_mask(self) -> Tensor:
+        """(num_layers, num_key_value_heads, context_length) bool on the CPU, True = kept."""
+        masks = []
+        for layer in self.context_layers:
+            shape = (len(layer.store.lengths), layer.context_length)
+            masks.append(torch.ones(shape, dtype=torch.bool) if layer.keep_mask is None else layer.keep_mask.cpu())
+        return torch.stack(masks)
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether any pair of the context was dropped or masked."""
+        return self.ratio < 1
+
+    @property
+    def ratio(self) -> float:
+        """Kept fraction of the original context's KV pairs, over the prunable layers."""
+        kept = total = 0
+        for layer in self.context_layers:
+            pairs = len(layer.store.lengths) * layer.context_length
+            total += pairs
+            kept += pairs if layer.keep_mask is None else int(layer.keep_mask.sum())
+        return kept / total
+
+    @property
+    def kv_len_per_head(self) -> Tensor:
+        """(num_layers, num_key_value_heads) int64: prefix and kept context rows that each head attends to."""
+        return self.keep_mask.sum(-1) + self.prefix_length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K and V of prefix and context that are stored, without tail, padding and scores."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def full_nbytes(self) -> int:
+        """What `nbytes` was before any pruning."""
+        missing = 0
+        for layer in self.context_layers:
+            context = layer.store
+            rows = layer.sealed_length * len(context.lengths) - sum(context.lengths)
+            missing += rows * (context.keys.shape[1] + context.values.shape[1]) * context.keys.element_size()
+        return self.nbytes + missing
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """All bytes held: context, tail buffers at their capacity, masks, scores and ids."""
+        beside = self.input_ids.nbytes + sum(scores.nbytes for scores in self._scores.values())
+        return self.nbytes + beside + sum(layer.tail_nbytes for layer in self.layers)
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    # -- scores ------------------------------------------------------------------------------------------------------
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """Names of the scorers that scored this context, the default first."""
+        return tuple(self._scores)
+
+    @property
+    def scores(self) -> Tensor:
+        """(num_layers, num_key_value_heads, context_length) float32 of the default scorer, higher = keep.
+
+        Raises:
+            ValueError: the context was not scored.
+        """
+        return self.scores_of(None)
+
+    def scores_of(self, scorer: str | None) -> Tensor:
+        """Scores by the scorer's name, None = the first one.
+
+        Raises:
+            ValueError: no such scores.
+        """
+        if not self._scores:
+            how = (
+                "only head scores were loaded" if self.head_scores is not None else "it was prefilled with scorer=None"
+            )
+            raise ValueError(f"this kv has no pair scores: {how}; prefill with a scorer")
+        if scorer is None:
+            return next(iter(self._scores.values()))
+        if scorer not in self._scores:
+            raise ValueError(f"this kv was not scored by {scorer!r}; it has scores of {self.scorers}")
+        return self._scores[scorer]
+
+    def set_scores(self, name: str, scores: Tensor) -> None:
+        """Attach `scores` (num_layers, num_key_value_heads, context_length) under a scorer's name.
+
+        Raises:
+            ValueError: wrong shape, NaN or infinity.
+        """
+        expected = (len(self.context_layers), len(self.context_layers[0].store.lengths), self.context_length)
+        if tuple(scores.shape) != expected:
+            raise ValueError(f"scores of {name!r} have shape {tuple(scores.shape)}, expected {expected}")
+        if not bool(scores.isfinite().all()):
+            raise ValueError(f"scores of {name!r} contain NaN or infinity")
+        self._scores[name] = scores.detach().to("cpu", torch.float32)
+
+    def set_head_scores(self, scores: Tensor) -> None:
+        """Attach head scores (num_layers, num_key_value_heads) and make "head" the default level.
+
+        Raises:
+            ValueError: wrong shape.
+        """
+        expected = (len(self.context_layers), len(self.context_layers[0].store.lengths))
+        if tuple(scores.shape) != expected:
+            raise ValueError(f"head scores have shape {tuple(scores.shape)}, expected {expected}")
+        self.head_scores, self.level = scores.float(), "head"
+
+    # -- pruning -----------------------------------------------------------------------------------------------------
+
+    def prune(self, ratio: float, level: str | None = None, *, scorer: str | None = None) -> PruneResult:
+        """Keep `ratio` of the context's KV pairs, for good ("evict") or until pruned otherwise ("retain").
+
+        Layers are replaced one after the other, so the extra memory is one layer's.
+
+        Args:
+            ratio: fraction kept of the original context, in (0, 1].
+            level: "pair" (one ranking over layers, heads and positions), "pair-uniform" (the same number per head) or
+                "head" (whole heads); None = `self.level`.
+            scorer: whose scores to use, where several scored; None = the first.
+
+        Raises:
+            ValueError: bad ratio, level or scorer; no scores; more asked for than an evicted cache still has. The kv is
+                unchanged.
+        """
+        level = self.level if level is None else level
+        selection.check_ratio(ratio)
+        selection.check_level(level)
+        by_head = level == "head" and self.head_scores is not None and scorer is None
+        scores = self.head_scores if by_head else self.scores_of(scorer)
+        assert scores is not None
+        available = self.keep_mask if self.kv_type == "evict" and self.is_pruned else None
+        chosen = selection.select(scores, ratio, level, context_length=self.context_length, available=available)
+        self.prune_to(chosen.keep)
+        self.pruned_with = {"level": level, "ratio": float(ratio), "scorer": scorer or next(iter(self._scores), "")}
+        return PruneResult(chosen.threshold, self.ratio)
+
+    def prune_to(self, keep: Tensor) -> None:
+        """Keep exactly what `keep` marks: for a selection of your own.
+
+        Args:
+            keep: (num_layers, num_key_value_heads, context_length) bool, True = kept.
+
+        Raises:
+            ValueError: wrong shape or dtype, or pairs that an evicted cache no longer has. The kv is unchanged.
+        """
+        now = self.keep_mask
+        if keep.dtype != torch.bool or keep.shape != now.shape:
+            raise ValueError(f"keep must be bool of shape {tuple(now.shape)}, got {keep.dtype} {tuple(keep.shape)}")
+        evict = self.kv_type == "evict"
+        if evict and bool((keep & ~now).any()):
+            raise ValueError("keep marks pairs that were evicted before; they cannot return")
+        for layer, rows in zip(self.context_layers, keep, strict=True):
+            layer.prune(rows, evict=evict)
+        self.pruned_with = {}
+
+    # -- the tail ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def scratch(self, *, keep: bool = False) -> Iterator[None]:
+        """Drop what is appended inside the block when it ends; with `keep`, only when it raises."""
+        marks, ids = [layer.mark() for layer in self.layers], self.input_ids
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            if not (keep and finished):
+                self.input_ids = ids
+                for layer, mark in zip(self.layers, marks, strict=True):
+                    layer.rollback(mark)
+
+    @contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """Call `observer(layer, module, query, scaling, softcap)` after every attention inside the block."""
+        for layer in self.context_layers:
+            layer.observer = observer
+        try:
+            yield
+        finally:
+            for layer in self.context_layers:
+                layer.observer = None
+
+    def release_tail(self) -> None:
+        """Give back the tail buffers where no turn is kept."""
+        for layer in self.context_layers:
+            layer.release_tail()
+
+    # -- copies ------------------------------------------------------------------------------------------------------
+
+    def clone(self) -> KVCache:
+        """Return an independent kv that shares the immutable context store with this one; the tail is copied."""
+        new = copy.copy(self)
+        new.layers = [copy.copy(layer) for layer in self.layers]
+        new._scores = dict(self._scores)
+        new.model_id, new.pruned_with = dict(self.model_id), dict(self.pruned_with)
+        for layer in new.layers:
+            layer.copy_tail()
+        return new
+
+    def to(self, device: torch.device | str | Sequence[torch.device | str]) -> KVCache:
+        """Return this kv on `device`, or with one device a layer; `model.layer_devices` puts it where the model is."""
+        if isinstance(device, str | torch.device):
+            devices = [torch.device(device)] * len(self.layers)
+        else:
+            devices = [torch.device(name) for name in device]
+        if len(devices) != len(self.layers):
+            raise ValueError(f"got {len(devices)} devices for {len(self.layers)} layers")
+        moved = self.clone()
+        for layer, target in zip(moved.layers, devices, strict=True):
+            layer.apply(partial(torch.Tensor.to, device=target))
+            layer.device = target
+        return moved
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything to one safetensors file, which `model.load_kv` reads; see `kvcache.serialization`."""
+        from kvzip.kvcache.serialization import save
+
+        save(self, path)

@@ -1,0 +1,293 @@
+"""One prunable layer: an immutable context store and a tail that grows in place."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from kvzip.attention import Backend, KVStates, LogicalLength, RaggedKV
+
+Observer = Callable[["ContextLayer", nn.Module, Tensor, float, float | None], None]
+
+_FIRST_CAPACITY = 64
+
+
+class ContextLayer(CacheLayerMixin, KVStates):
+    """Keys and values of one layer; returned by `update` in place of tensors.
+
+    Before `seal` every token goes to the tail, which `reserve` sizes for the whole context; `seal` turns the tail into
+    the context store without a copy. Afterwards the store is never written again, only replaced by `prune`.
+
+    Attributes:
+        context: the stored context, or None before `seal`.
+        keep_mask: (num_key_value_heads, context_length) bool, True = kept; None = all.
+        tail_keys, tail_values: (1, num_key_value_heads, capacity, head_dim) buffers, `tail_length` of them in use.
+    """
+
+    kind = "context"
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, backend: Backend, sliding_window: int | None = None) -> None:
+        super().__init__()
+        self.backend = backend
+        self.sliding_window = sliding_window
+        self.context: RaggedKV | None = None
+        self.keep_mask: Tensor | None = None
+        self.prefix_length = 0
+        self.context_length = 0
+        self.tail_keys: Tensor | None = None
+        self.tail_values: Tensor | None = None
+        self.tail_length = 0
+        self.observer: Observer | None = None
+        self._reserved = 0
+
+    def __repr__(self) -> str:
+        return f"ContextLayer(context={self.sealed_length}, tail={self.tail_length})"
+
+    # -- what transformers calls -------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device and head counts from the first states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Any, Any]:
+        """Append (1, num_key_value_heads, q_len, head_dim) states to the tail; return the layer itself, twice.
+
+        Raises:
+            ValueError: more than one sequence: beams, several returned sequences and batches are not supported.
+        """
+        if key_states.shape[0] != 1:
+            raise ValueError(
+                f"a kvzip cache holds one sequence, got a batch of {key_states.shape[0]}: "
+                "beam search and num_return_sequences > 1 are not supported"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.device != self.device:
+            raise ValueError(
+                f"the kv is on {self.device} but its layer computes on {key_states.device}; use kv.to(...)"
+            )
+        start, stop = self.tail_length, self.tail_length + key_states.shape[-2]
+        self._grow(stop, key_states, value_states)
+        self.tail_keys[:, :, start:stop] = key_states  # type: ignore[index]
+        self.tail_values[:, :, start:stop] = value_states  # type: ignore[index]
+        self.tail_length = stop
+        return self, self
+
+    def get_seq_length(self) -> int:
+        """Logical length, tokens: positions go on from it, however much was evicted."""
+        return self.sealed_length + self.tail_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical key length and offset, marked so that no mask is made."""
+        return LogicalLength(self.get_seq_length() + query_length), 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` tokens of the tail (a negative number, as in transformers).
+
+        Raises:
+            ValueError: positive, or more than the tail holds.
+        """
+        if tokens_to_remove > 0 or -tokens_to_remove > self.tail_length:
+            raise ValueError(f"cannot crop by {tokens_to_remove}: expected -{self.tail_length} to 0, the tail's length")
+        self.tail_length += tokens_to_remove
+
+    def reset(self) -> None:
+        """Drop the tail; the context stays."""
+        self.tail_length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refuse: there is one sequence."""
+        raise ValueError("a kvzip cache holds one sequence: beam search is not supported")
+
+    batch_repeat_interleave = batch_select_indices = reorder_cache
+
+    # -- what the attention function calls ---------------------------------------------------------------------------
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        sliding_window: int | None = None,
+    ) -> Tensor:
+        """Attend to context and tail; see `KVStates.attend`."""
+        window = sliding_window or self.sliding_window
+        if window is not None and self.get_seq_length() > window:
+            raise ValueError(
+                f"position {self.get_seq_length()} crosses the sliding window of {window} tokens that this layer was "
+                "treated as global within; shorten the context or max_new_tokens"
+            )
+        output, lse = self.backend(query, self.context, *self.tail, scaling=scaling, softcap=softcap)
+        if sinks is not None:
+            output = output * torch.sigmoid(lse - sinks.float()[None, :, None])[..., None]
+        if self.observer is not None:
+            self.observer(self, module, query, scaling, softcap)
+        return output.to(query.dtype).transpose(1, 2).contiguous()
+
+    # -- what the cache calls ----------------------------------------------------------------------------------------
+
+    @property
+    def store(self) -> RaggedKV:
+        """The stored context.
+
+        Raises:
+            ValueError: there is none yet.
+        """
+        if self.context is None:
+            raise ValueError("this kv holds no context yet: it comes from ModelKVzip.prefill")
+        return self.context
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored keys and values of prefix and context."""
+        return self.store.nbytes
+
+    @property
+    def tail_nbytes(self) -> int:
+        """Bytes of tail buffers and masks."""
+        tensors = (self.tail_keys, self.tail_values, self.keep_mask, self.store.mask)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def sealed_length(self) -> int:
+        """Logical length of prefix and context, 0 before `seal`."""
+        return self.prefix_length + self.context_length
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor]:
+        """Views of the tail's keys and values in use, (1, num_key_value_heads, tail_length, head_dim)."""
+        assert self.tail_keys is not None
+        assert self.tail_values is not None
+        return self.tail_keys[:, :, : self.tail_length], self.tail_values[:, :, : self.tail_length]
+
+    def reserve(self, capacity: int) -> None:
+        """Size the tail for `capacity` tokens when it is first needed."""
+        self._reserved = capacity
+
+    def seal(self, prefix_length: int) -> None:
+        """Turn the tail into the context store: `prefix_length` protected tokens, the rest is the context."""
+        keys, values = self.tail
+        heads, length = keys.shape[1], self.tail_length
+        self.context = RaggedKV(keys.reshape(heads * length, -1), values.reshape(heads * length, -1), (length,) * heads)
+        self.prefix_length, self.context_length = prefix_length, length - prefix_length
+        self.tail_length = self._reserved = 0
+        self.release_tail()
+
+    def prune(self, keep: Tensor, *, evict: bool) -> None:
+        """Keep only what `keep` marks.
+
+        Args:
+            keep: (num_key_value_heads, context_length) bool; with `evict`, a subset of what is stored.
+            evict: drop the rest from memory; otherwise keep the store as it is and mask it.
+        """
+        old = self.store
+        keep = keep.to(old.keys.device)
+        if not evict:
+            self.mask_rows(keep)
+        elif not bool(keep.all()):
+            rows, stored = self._with_prefix(keep), self._stored_rows()
+            assert not bool((rows & ~stored).any()), "evicted pairs cannot return"
+            picked = rows[stored].nonzero().squeeze(1)
+            self.context = RaggedKV(old.keys[picked], old.values[picked], tuple(rows.sum(1).tolist()))
+        self.keep_mask = keep
+
+    def mask_rows(self, keep: Tensor) -> None:
+        """Attend only to what `keep` (num_key_value_heads, context_length) marks, of a store that holds everything."""
+        mask = None if bool(keep.all()) else self._with_prefix(keep)
+        self.context = RaggedKV(self.store.keys, self.store.values, self.store.lengths, mask)
+
+    def release_tail(self) -> None:
+        """Give back the tail's memory where it is empty."""
+        if self.tail_length == 0:
+            self.tail_keys = self.tail_values = None
+
+    def mark(self) -> int:
+        """What `rollback` needs to bring the layer back."""
+        return self.tail_length
+
+    def rollback(self, mark: Any) -> None:
+        """Be as at `mark`."""
+        self.tail_length = mark
+
+    def copy_tail(self) -> None:
+        """Stop sharing the tail's buffers, which are written in place; the store may stay shared."""
+        if self.tail_keys is not None and self.tail_values is not None:
+            self.tail_keys, self.tail_values = self.tail_keys.clone(), self.tail_values.clone()
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by `function(tensor)`."""
+        mask = None if self.store.mask is None else function(self.store.mask)
+        self.context = RaggedKV(function(self.store.keys), function(self.store.values), self.store.lengths, mask)
+        self.keep_mask = None if self.keep_mask is None else function(self.keep_mask)
+        if self.tail_keys is not None and self.tail_values is not None:
+            self.tail_keys, self.tail_values = function(self.tail_keys), function(self.tail_values)
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON facts from which `unpack` restores the layer."""
+        tensors = {"keys": self.store.keys, "values": self.store.values}
+        if self.keep_mask is not None:
+            tensors["keep_mask"] = self.keep_mask
+        if self.tail_length:
+            tensors["tail_keys"], tensors["tail_values"] = self.tail
+        facts = {
+            "lengths": list(self.store.lengths),
+            "prefix_length": self.prefix_length,
+            "context_length": self.context_length,
+            "sliding_window": self.sliding_window,
+            "masked": self.store.mask is not None,
+        }
+        return tensors, facts
+
+    def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Take over what `pack` gave."""
+        self.lazy_initialization(tensors["keys"], tensors["values"])
+        self.prefix_length, self.context_length = facts["prefix_length"], facts["context_length"]
+        self.sliding_window = facts["sliding_window"]
+        self.context = RaggedKV(tensors["keys"], tensors["values"], tuple(facts["lengths"]))
+        self.keep_mask = tensors.get("keep_mask")
+        if facts["masked"]:
+            assert self.keep_mask is not None
+            self.mask_rows(self.keep_mask)
+        if "tail_keys" in tensors:
+            self.tail_keys, self.tail_values = tensors["tail_keys"], tensors["tail_values"]
+            self.tail_length = self.tail_keys.shape[2]
+
+    def _with_prefix(self, keep: Tensor) -> Tensor:
+        return torch.cat([keep.new_ones(keep.shape[0], self.prefix_length), keep], dim=1)
+
+    def _stored_rows(self) -> Tensor:
+        """(num_key_value_heads, prefix + context) bool: which logical rows are in the store."""
+        heads = len(self.store.lengths)
+        if self.keep_mask is None or self.store.lengths == (self.sealed_length,) * heads:
+            return torch.ones(heads, self.sealed_length, dtype=torch.bool, device=self.store.keys.device)
+        return self._with_prefix(self.keep_mask)
+
+    def _grow(self, needed: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for `needed` tail tokens: the reserved size at first, then at least doubling."""
+        capacity = 0 if self.tail_keys is None else self.tail_keys.shape[2]
+        if needed <= capacity:
+            return
+        capacity = max(needed, self._reserved or max(_FIRST_CAPACITY, 2 * capacity))
+        old = (None, None) if self.tail_keys is None else self.tail
+        self.tail_keys, self.tail_values = (
+            _enlarged(states, tail, capacity) for states, tail in zip((key_states, value_states), old, strict=True)
+        )
+
+
+def _enlarged(states: Tensor, tail: Tensor | None, capacity: int) -> Tensor:
+    buffer = states.new_empty((1, states.shape[1], capacity, states.shape[3]))
+    if tail is not None:
+        buffer[:, :, : tail.shape[2]] = tail
+    return buffer

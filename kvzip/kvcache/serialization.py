@@ -1,0 +1,118 @@
+"""One safetensors file holds a whole kv. Nothing in it is executed; a cut, altered or foreign one is refused.
+
+Tensors carry the data; one metadata entry, JSON, carries the rest with a SHA-256 over both, so a file is either what
+was saved or an error. The same kv gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvzip.kvcache.cache import KVCache
+
+FORMAT = "kvzip-kv/1"
+_KEY = "kvzip"
+
+
+def save(kv: KVCache, path: str | os.PathLike[str]) -> None:
+    """Write `kv` to `path`; an existing file is replaced only when the new one is complete.
+
+    Raises:
+        ValueError: the kv holds no context.
+        OSError: the folder does not exist, or the disk is full.
+    """
+    tensors, layers = {"input_ids": kv.input_ids}, []
+    for index, layer in enumerate(kv.layers):
+        stored, facts = layer.pack()
+        tensors |= {f"layers.{index}.{name}": tensor for name, tensor in stored.items()}
+        layers.append({"kind": layer.kind, **facts})
+    tensors |= {f"scores.{name}": scores for name, scores in kv._scores.items()}
+    if kv.head_scores is not None:
+        tensors["head_scores"] = kv.head_scores
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    header = {
+        "format": FORMAT,
+        "model_id": kv.model_id,
+        "kv_type": kv.kv_type,
+        "level": kv.level,
+        "scorers": list(kv.scorers),
+        "pruned_with": kv.pruned_with,
+        "layers": layers,
+    }
+    header["sha256"] = _digest(header, tensors)
+    path = Path(path)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file(tensors, partial, metadata={_KEY: json.dumps(header, sort_keys=True)})
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def load(kv: KVCache, path: str | os.PathLike[str]) -> KVCache:
+    """Fill the empty cache `kv` of a model (its layers, backend and `model_id`) from `path`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a kv file, cut or altered, or of another model or tokenizer.
+    """
+    header, tensors = _read(path)
+    for what, expected in kv.model_id.items():
+        found = header["model_id"].get(what)
+        if found != expected:
+            raise ValueError(f"{path} was saved with another {what}: {found!r} in the file, {expected!r} here")
+    if len(header["layers"]) != len(kv.layers):
+        raise ValueError(f"{path} has {len(header['layers'])} layers, this model has {len(kv.layers)}")
+    for index, (layer, facts) in enumerate(zip(kv.layers, header["layers"], strict=True)):
+        prefix = f"layers.{index}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if facts["kind"] != layer.kind:
+            raise ValueError(f"{path}: layer {index} is a {facts['kind']} layer, in this model a {layer.kind} layer")
+        layer.unpack(own, facts)
+    kv.kv_type, kv.level, kv.pruned_with = header["kv_type"], header["level"], header["pruned_with"]
+    kv.input_ids = tensors["input_ids"]
+    kv.head_scores = tensors.get("head_scores")
+    for name in header["scorers"]:
+        kv.set_scores(name, tensors[f"scores.{name}"])
+    return kv
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no kv file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            if text is None:
+                raise ValueError(f"{path} is a safetensors file, but not one that kv.save wrote")
+            header = json.loads(text)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{path} is not a complete kv file: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else header
+        raise ValueError(f"{path} has format {found!r}; expected {FORMAT!r}")
+    if header.pop("sha256", None) != _digest(header, tensors):
+        raise ValueError(f"{path} was altered or damaged: its checksum does not match")
+    return header, tensors
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,326 @@
+"""ModelKVzip: prefill a context, prune its cache, ask. Orchestration only; the parts live beside it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvzip import head_scores
+from kvzip.attention import resolve_backend
+from kvzip.attention import restore as restore_attention
+from kvzip.kvcache import KV_TYPES, KVCache
+from kvzip.model import generation, loading, passes
+from kvzip.model.fingerprint import model_fingerprint, tokenizer_fingerprint
+from kvzip.model.probe import check_architecture, make_layers
+from kvzip.model.prompting import INSTRUCTION, Prompting, Query, as_ids
+from kvzip.scoring import Scorer, get_scorer
+
+ANSWER_ROOM = 256  # tokens after the context that must fit into a sliding window treated as global
+
+
+class ModelKVzip:
+    """A causal language model that answers from compressed contexts."""
+
+    def __init__(
+        self,
+        name: str = loading.BUNDLED,
+        *,
+        kv_type: str = "evict",
+        backend: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            name: "bundled", an alias such as "qwen2.5-7b", a local folder, or a hub id.
+            kv_type: default of `prefill`: "evict" frees what is pruned, "retain" keeps and masks it.
+            backend: attention backend, "auto" | "reference" | "torch"; see `kvzip.attention.resolve_backend`.
+            dtype: torch dtype of the weights, "auto" = the checkpoint's.
+            device: None = the first CUDA device where there is one, else the CPU.
+            kwargs: for transformers' `from_pretrained`: `device_map="auto"`, `revision`, ...
+
+        Raises:
+            ValueError: unknown name, kv_type or backend, or an architecture that cannot be used, and why.
+        """
+        _check_kv_type(kv_type)
+        model, tokenizer = loading.load(name, dtype=dtype, device=device, **kwargs)
+        self._set_up(model, tokenizer, name, kv_type, backend)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        kv_type: str = "evict",
+        backend: str = "auto",
+    ) -> ModelKVzip:
+        """Use a loaded transformers model: put into eval mode, its attention set to ours until `restore()`.
+
+        Without a tokenizer, contexts, queries and answers are ids.
+
+        Raises:
+            ValueError: unknown kv_type or backend, or an architecture that cannot be used, and why.
+        """
+        _check_kv_type(kv_type)
+        self = cls.__new__(cls)
+        self._set_up(model.eval(), tokenizer, model.config.name_or_path or type(model).__name__, kv_type, backend)
+        return self
+
+    def _set_up(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, kv_type: str, backend: str
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.kv_type = model, tokenizer, name, kv_type
+        self.backend, self._attend = resolve_backend(backend, {parameter.device for parameter in model.parameters()})
+        self.prompting = Prompting(tokenizer)
+        self._attention_modules = check_architecture(model, self._attend)
+
+    # -- properties --------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The text model's config."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids go in."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.model.dtype
+
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """The device of every layer, for `kv.to(...)`."""
+        devices = {index: next(m.parameters()).device for index, m in self._attention_modules.items()}
+        return [devices.get(index, self.device) for index in range(self.config.num_hidden_layers)]
+
+    @cached_property
+    def model_id(self) -> dict[str, str]:
+        """Fingerprints that tie a kv to this model and tokenizer."""
+        return {"weights": model_fingerprint(self.model), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the config allows, None = not said."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    def __repr__(self) -> str:
+        return f"ModelKVzip({self.name!r}, {self.dtype}, backend={self.backend!r}, kv_type={self.kv_type!r})"
+
+    # -- text and ids ------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, no special tokens added."""
+        return self.prompting.encode(text)
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Text of `ids`, special tokens left out.
+
+        Raises:
+            ValueError: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: use return_ids=True")
+        ids = ids if isinstance(ids, Tensor) else list(ids)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def apply_template(self, query: Query) -> list[int]:
+        """Ids to feed after the context for a question (text), messages, or ids, which are used as they are."""
+        return self.prompting.query_ids(query)
+
+    # -- the three steps ---------------------------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        context: str | Sequence[int] | Tensor,
+        *,
+        scorer: str | Scorer | Sequence[str | Scorer] | None = "kvzip",
+        kv_type: str | None = None,
+        load_score: bool | str | PathLike[str] | Sequence[str] = False,
+        prefill_chunk_size: int = 16_000,
+        instruction: str = INSTRUCTION,
+        prefix_ids: Sequence[int] | None = None,
+    ) -> KVCache:
+        """Run the context through the model once and score its KV pairs.
+
+        Args:
+            context: text, or ids, as a list or LongTensor of shape (n,) or (1, n).
+            scorer: name or object, or several that ride on one prefill, the first `prune`'s default; None = no scores.
+            kv_type: "evict" or "retain"; None = the constructor's.
+            load_score: use stored head scores and score nothing, which makes "head" the default level: True = those
+                shipped for this model, else a name, a path, or several to merge.
+            prefill_chunk_size: tokens a forward pass.
+            instruction: line between the chat template's beginning and the context.
+            prefix_ids: all ids in front of the context, in place of template and instruction; may be empty.
+
+        Returns:
+            The unpruned kv.
+
+        Raises:
+            ValueError: empty context, context longer than the model's positions, unknown scorer or kv_type, head scores
+                that do not fit.
+        """
+        _check_kv_type(kv_type or self.kv_type)
+        if prefill_chunk_size < 1:
+            raise ValueError(f"prefill_chunk_size must be at least 1 token, got {prefill_chunk_size}")
+        scorers = _scorers(None if load_score else scorer)
+        loaded = self._load_head_scores(load_score)
+        if isinstance(context, str) and not context.strip():
+            raise ValueError("the context is empty")
+        context_ids = self._check_vocabulary(
+            self.encode(context) if isinstance(context, str) else as_ids(context, "context")
+        )
+        prefix = (
+            self.prompting.prefix_ids(instruction) if prefix_ids is None else self._check_vocabulary(list(prefix_ids))
+        )
+        length = len(prefix) + len(context_ids)
+        if self.max_positions is not None and length > self.max_positions:
+            raise ValueError(
+                f"prefix and context have {length} tokens, more than the {self.max_positions} positions of {self.name}"
+            )
+        kv = self._empty_kv(kv_type or self.kv_type, length + ANSWER_ROOM)
+        with torch.no_grad():
+            passes.prefill(self.model, kv, prefix + context_ids, len(prefix), prefill_chunk_size)
+            seen = passes.scoring_context(self.model, kv, self._attention_modules, self.prompting, self.max_positions)
+            for one in scorers:
+                kv.set_scores(one.name, one.score(seen))
+        kv.release_tail()
+        if loaded is not None:
+            kv.set_head_scores(loaded.tensor)
+        return kv
+
+    def generate(
+        self,
+        query: Query,
+        kv: KVCache | None = None,
+        *,
+        update_cache: bool = False,
+        return_ids: bool = False,
+        **kwargs: Any,
+    ) -> str | Tensor:
+        """Answer a query from `kv`, through transformers' own generation; greedy unless told otherwise.
+
+        Args:
+            query: a question; chat messages (user and assistant in turns; a last assistant message begins the answer);
+                or ids, which are used as they are.
+            kv: what `prefill` gave, pruned or not; None = no context at all.
+            update_cache: keep this turn in `kv`, closed as the chat template closes it, so that the next query is the
+                next turn; otherwise `kv` is as before.
+            return_ids: return the new ids (n,) in place of text; always so without a tokenizer.
+            kwargs: for transformers' `generate`: `max_new_tokens` (default 512), `do_sample`, `streamer`,
+                `stop_strings`, `logits_processor`, ...
+
+        Returns:
+            The answer, without the end-of-sequence token.
+
+        Raises:
+            ValueError: a kv of another model or device, an empty query, beams or several returned sequences, or no
+                positions left.
+        """
+        ids = self._check_vocabulary(self.apply_template(query))
+        if kv is not None:
+            self._check_kv(kv, len(ids))
+        templated = isinstance(query, str) or (not isinstance(query, Tensor) and isinstance(query[0], dict))
+        with torch.no_grad():
+            answer = generation.generate(self, ids, kv, keep=update_cache, close_turn=templated, **kwargs)
+        return answer if return_ids or self.tokenizer is None else self.decode(answer)
+
+    def __call__(self, ids: Sequence[int] | Tensor, kv: KVCache, *, update_cache: bool = False) -> Tensor:
+        """Return logits (1, n, vocab_size) of `ids` (n,) or (1, n), fed after everything in `kv`.
+
+        Raises:
+            ValueError: a kv of another model or device, or no positions left.
+        """
+        ids = self._check_vocabulary(as_ids(ids, "input"))
+        self._check_kv(kv, len(ids))
+        with torch.no_grad(), kv.scratch(keep=update_cache):
+            inputs = torch.tensor([ids], device=self.device)
+            logits = self.model(input_ids=inputs, past_key_values=kv, use_cache=True).logits
+            if update_cache:
+                kv.input_ids = torch.cat([kv.input_ids, inputs[0].cpu()])
+        return logits
+
+    def load_kv(self, path: str | PathLike[str]) -> KVCache:
+        """Load what `kv.save` wrote, on this model's devices.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a kv file, cut or altered, or of another model or tokenizer.
+        """
+        from kvzip.kvcache.serialization import load
+
+        # A file says itself which layers were treated as global; 0 tokens needed lets every window do.
+        return load(self._empty_kv(self.kv_type, 0), path).to(self.layer_devices)
+
+    def restore(self) -> PreTrainedModel:
+        """Give the transformers model back with the attention it had before; this object is of no use afterwards."""
+        restore_attention(self.model)
+        return self.model
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def _empty_kv(self, kv_type: str, needed: int) -> KVCache:
+        return KVCache(make_layers(self.model, self._attend, needed), kv_type=kv_type, model_id=self.model_id)
+
+    def _check_kv(self, kv: KVCache, num_ids: int) -> None:
+        if not isinstance(kv, KVCache):
+            raise ValueError(f"kv must be what prefill or load_kv returned, got {type(kv).__name__}")
+        if kv.model_id != self.model_id:
+            raise ValueError(f"this kv belongs to another model: {kv.model_id}, not {self.name} ({self.model_id})")
+        for index, layer in enumerate(kv.layers):
+            if layer.device != self.layer_devices[index]:
+                raise ValueError(
+                    f"layer {index} of the kv is on {layer.device}, the model's on {self.layer_devices[index]}; "
+                    "move it with kv.to(model.layer_devices)"
+                )
+        if self.max_positions is not None and kv.get_seq_length() + num_ids > self.max_positions:
+            raise ValueError(
+                f"context and query have {kv.get_seq_length() + num_ids} tokens, more than the {self.max_positions} "
+                f"positions of {self.name}"
+            )
+
+    def _check_vocabulary(self, ids: list[int]) -> list[int]:
+        size = self.model.get_input_embeddings().get_parameter("weight").shape[0]
+        bad = next((token for token in ids if not 0 <= token < size), None)
+        if bad is not None:
+            raise ValueError(f"id {bad} is outside the vocabulary of {size}")
+        return ids
+
+    def _load_head_scores(self, source: bool | str | PathLike[str] | Sequence[str]) -> head_scores.HeadScores | None:
+        if source is False:
+            return None
+        loaded = head_scores.load(self.name if source is True else source)
+        if loaded.model_id and loaded.model_id != self.model_id["weights"]:
+            warnings.warn(
+                f"head scores were computed on {loaded.model} with other weights than this {self.name}", stacklevel=3
+            )
+        return loaded
+
+
+def _check_kv_type(kv_type: str) -> None:
+    if kv_type not in KV_TYPES:
+        raise ValueError(f"unknown kv_type {kv_type!r}; expected one of {KV_TYPES}")
+
+
+def _scorers(scorer: str | Scorer | Sequence[str | Scorer] | None) -> list[Scorer]:
+    if scorer is None:
+        return []
+    several = [scorer] if isinstance(scorer, str | Scorer) else list(scorer)
+    found = [get_scorer(one) for one in several]
+    names = [one.name for one in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"scorers must have different names, got {names}")
+    return found

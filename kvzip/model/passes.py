@@ -1,0 +1,98 @@
+"""Forward passes over a kv: prefill in chunks, and replays for scorers that leave no trace."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from kvzip.kvcache import ContextLayer, KVCache
+from kvzip.model.prompting import Prompting
+from kvzip.scoring import AttentionCall, LayerView, ScoringContext
+
+T = TypeVar("T")
+LONG_CONTEXT = 8192  # tokens from which a progress bar is shown
+
+
+def progress(items: Iterable[T], description: str, context_length: int) -> Iterable[T]:
+    """Wrap `items` in a progress bar that stays away for short contexts."""
+    return tqdm(items, desc=description, disable=context_length < LONG_CONTEXT, leave=False, unit="chunk")
+
+
+def feed(model: PreTrainedModel, kv: KVCache, ids: Sequence[int]) -> None:
+    """Run `ids` through the model without its LM head; their states go to the end of `kv`."""
+    inputs = torch.tensor([list(ids)], device=model.device)
+    model.base_model(input_ids=inputs, past_key_values=kv, use_cache=True)
+
+
+def prefill(model: PreTrainedModel, kv: KVCache, ids: Sequence[int], prefix_length: int, chunk_size: int) -> None:
+    """Fill the empty `kv` with `ids` (prefix and context), `chunk_size` tokens a pass, and seal it."""
+    for layer in kv.context_layers:
+        layer.reserve(len(ids))
+    for start in progress(range(0, len(ids), chunk_size), "prefill", len(ids)):
+        feed(model, kv, ids[start : start + chunk_size])
+    for layer in kv.context_layers:
+        layer.seal(prefix_length)
+    kv.input_ids = torch.tensor(list(ids), dtype=torch.int64)
+
+
+def scoring_context(
+    model: PreTrainedModel,
+    kv: KVCache,
+    modules: Mapping[int, nn.Module],
+    prompting: Prompting,
+    max_positions: int | None,
+) -> ScoringContext:
+    """Show the unpruned `kv` to scorers: tensors and a replay function, nothing they could change."""
+    ids = kv.input_ids.tolist()
+    views = []
+    for row, (index, layer) in enumerate(zip(kv.layer_indices, kv.context_layers, strict=True)):
+        heads = len(layer.store.lengths)
+        keys, values = (states.view(heads, kv.sealed_length, -1) for states in (layer.store.keys, layer.store.values))
+        views.append(LayerView(row, index, keys, values, kv.prefix_length))
+    rows = {id(layer): row for row, layer in enumerate(kv.context_layers)}
+
+    def replay(
+        ids: Sequence[int], on_attention: Callable[[AttentionCall], None], *, hidden_states: bool = False
+    ) -> None:
+        inputs: dict[nn.Module, Tensor] = {}
+
+        def observer(
+            layer: ContextLayer, module: nn.Module, query: Tensor, scaling: float, softcap: float | None
+        ) -> None:
+            keys, values = (states[0, :, -query.shape[2] :] for states in layer.tail)
+            hidden = inputs.pop(module) if hidden_states else None
+            row = rows[id(layer)]
+            on_attention(AttentionCall(row, module, query[0], keys, values, scaling, softcap, hidden))
+
+        with kv.scratch(), kv.observe(observer), _inputs_of(modules.values() if hidden_states else (), inputs):
+            feed(model, kv, ids)
+
+    return ScoringContext(
+        layers=views,
+        context_ids=ids[kv.prefix_length :],
+        suffix_ids=prompting.suffix_ids,
+        encode=prompting.encode,
+        replay=replay,
+        max_positions=max_positions,
+        progress=lambda items: progress(items, "score", kv.context_length),
+    )
+
+
+@contextmanager
+def _inputs_of(modules: Iterable[nn.Module], inputs: dict[nn.Module, Tensor]) -> Iterator[None]:
+    """Record the hidden states (q_len, hidden_size) that enter `modules`; the hooks are gone when the block ends."""
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        inputs[module] = hidden[0]
+
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

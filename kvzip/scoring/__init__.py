@@ -1,0 +1,16 @@
+"""Scorers: importance of every KV pair of a context. One method, one file in `methods/`."""
+
+from kvzip.scoring.base import AttentionCall, LayerScorer, LayerView, Scorer, ScoringContext
+from kvzip.scoring.registry import ScorerInfo, get_scorer, list_scorers, register
+
+__all__ = [
+    "AttentionCall",
+    "LayerScorer",
+    "LayerView",
+    "Scorer",
+    "ScorerInfo",
+    "ScoringContext",
+    "get_scorer",
+    "list_scorers",
+    "register",
+]

@@ -1,0 +1,1 @@
+"""One file, one method; `registry` imports them all on first use."""
