@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from os import PathLike
 from typing import Any
@@ -15,12 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from kvzip import head_scores
 from kvzip.attention import resolve_backend
 from kvzip.attention import restore as restore_attention
-from kvzip.kvcache import KV_TYPES, KVCache
-from kvzip.model import generation, loading, passes
+from kvzip.kvcache import KVCache
+from kvzip.model import calibration, generation, loading, passes
+from kvzip.model.checks import check_kv, check_kv_type, check_scorers, check_vocabulary
 from kvzip.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from kvzip.model.probe import check_architecture, make_layers
 from kvzip.model.prompting import INSTRUCTION, Prompting, Query, as_ids
-from kvzip.scoring import Scorer, get_scorer
+from kvzip.scoring import Scorer
 
 ANSWER_ROOM = 256  # tokens after the context that must fit into a sliding window treated as global
 
@@ -51,7 +52,7 @@ class ModelKVzip:
         Raises:
             ValueError: unknown name, kv_type or backend, or an architecture that cannot be used, and why.
         """
-        _check_kv_type(kv_type)
+        check_kv_type(kv_type)
         model, tokenizer = loading.load(name, dtype=dtype, device=device, **kwargs)
         self._set_up(model, tokenizer, name, kv_type, backend)
 
@@ -71,7 +72,7 @@ class ModelKVzip:
         Raises:
             ValueError: unknown kv_type or backend, or an architecture that cannot be used, and why.
         """
-        _check_kv_type(kv_type)
+        check_kv_type(kv_type)
         self = cls.__new__(cls)
         self._set_up(model.eval(), tokenizer, model.config.name_or_path or type(model).__name__, kv_type, backend)
         return self
@@ -173,34 +174,51 @@ class ModelKVzip:
             ValueError: empty context, context longer than the model's positions, unknown scorer or kv_type, head scores
                 that do not fit.
         """
-        _check_kv_type(kv_type or self.kv_type)
+        kv_type = check_kv_type(kv_type or self.kv_type)
         if prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1 token, got {prefill_chunk_size}")
-        scorers = _scorers(None if load_score else scorer)
+        scorers = check_scorers(None if load_score else scorer)
         loaded = self._load_head_scores(load_score)
         if isinstance(context, str) and not context.strip():
             raise ValueError("the context is empty")
-        context_ids = self._check_vocabulary(
-            self.encode(context) if isinstance(context, str) else as_ids(context, "context")
+        context_ids = check_vocabulary(
+            self, self.encode(context) if isinstance(context, str) else as_ids(context, "context")
         )
         prefix = (
-            self.prompting.prefix_ids(instruction) if prefix_ids is None else self._check_vocabulary(list(prefix_ids))
+            self.prompting.prefix_ids(instruction) if prefix_ids is None else check_vocabulary(self, list(prefix_ids))
         )
         length = len(prefix) + len(context_ids)
         if self.max_positions is not None and length > self.max_positions:
             raise ValueError(
                 f"prefix and context have {length} tokens, more than the {self.max_positions} positions of {self.name}"
             )
-        kv = self._empty_kv(kv_type or self.kv_type, length + ANSWER_ROOM)
+        kv = self._empty_kv(kv_type, length + ANSWER_ROOM)
         with torch.no_grad():
             passes.prefill(self.model, kv, prefix + context_ids, len(prefix), prefill_chunk_size)
-            seen = passes.scoring_context(self.model, kv, self._attention_modules, self.prompting, self.max_positions)
-            for one in scorers:
-                kv.set_scores(one.name, one.score(seen))
-        kv.release_tail()
+        self._score(kv, scorers)
         if loaded is not None:
             kv.set_head_scores(loaded.tensor)
         return kv
+
+    def score(self, kv: KVCache, scorer: str | Scorer | Sequence[str | Scorer] = "kvzip") -> None:
+        """Score a kv that was prefilled without, or add the scores of further methods.
+
+        Raises:
+            ValueError: unknown scorer, a kv of another model, with evicted pairs, or with kept turns.
+        """
+        scorers = check_scorers(scorer)
+        check_kv(self, kv)
+        if kv.nbytes < kv.full_nbytes or kv.tail_length:
+            state = f"{kv.tail_length} tokens of kept turns" if kv.tail_length else f"a ratio of {kv.ratio:.3f} left"
+            raise ValueError(f"scoring needs the whole context and nothing after it, this kv has {state}")
+        self._score(kv, scorers)
+
+    def _score(self, kv: KVCache, scorers: Sequence[Scorer]) -> None:
+        seen = passes.scoring_context(self.model, kv, self._attention_modules, self.prompting, self.max_positions)
+        with torch.no_grad():
+            for one in scorers:
+                kv.set_scores(one.name, one.score(seen))
+        kv.release_tail()
 
     def generate(
         self,
@@ -230,9 +248,9 @@ class ModelKVzip:
             ValueError: a kv of another model or device, an empty query, beams or several returned sequences, or no
                 positions left.
         """
-        ids = self._check_vocabulary(self.apply_template(query))
+        ids = check_vocabulary(self, self.apply_template(query))
         if kv is not None:
-            self._check_kv(kv, len(ids))
+            check_kv(self, kv, len(ids))
         templated = isinstance(query, str) or (not isinstance(query, Tensor) and isinstance(query[0], dict))
         with torch.no_grad():
             answer = generation.generate(self, ids, kv, keep=update_cache, close_turn=templated, **kwargs)
@@ -244,14 +262,20 @@ class ModelKVzip:
         Raises:
             ValueError: a kv of another model or device, or no positions left.
         """
-        ids = self._check_vocabulary(as_ids(ids, "input"))
-        self._check_kv(kv, len(ids))
+        ids = check_vocabulary(self, as_ids(ids, "input"))
+        check_kv(self, kv, len(ids))
         with torch.no_grad(), kv.scratch(keep=update_cache):
             inputs = torch.tensor([ids], device=self.device)
             logits = self.model(input_ids=inputs, past_key_values=kv, use_cache=True).logits
             if update_cache:
                 kv.input_ids = torch.cat([kv.input_ids, inputs[0].cpu()])
         return logits
+
+    def compute_head_scores(
+        self, texts: Iterable[str], *, data: str = "", scorer: str | Scorer = "kvzip"
+    ) -> head_scores.HeadScores:
+        """Return head scores from calibration texts, to `save` and load again; see `kvzip.model.calibration`."""
+        return calibration.compute_head_scores(self, texts, data=data, scorer=scorer)
 
     def load_kv(self, path: str | PathLike[str]) -> KVCache:
         """Load what `kv.save` wrote, on this model's devices.
@@ -275,30 +299,6 @@ class ModelKVzip:
     def _empty_kv(self, kv_type: str, needed: int) -> KVCache:
         return KVCache(make_layers(self.model, self._attend, needed), kv_type=kv_type, model_id=self.model_id)
 
-    def _check_kv(self, kv: KVCache, num_ids: int) -> None:
-        if not isinstance(kv, KVCache):
-            raise ValueError(f"kv must be what prefill or load_kv returned, got {type(kv).__name__}")
-        if kv.model_id != self.model_id:
-            raise ValueError(f"this kv belongs to another model: {kv.model_id}, not {self.name} ({self.model_id})")
-        for index, layer in enumerate(kv.layers):
-            if layer.device != self.layer_devices[index]:
-                raise ValueError(
-                    f"layer {index} of the kv is on {layer.device}, the model's on {self.layer_devices[index]}; "
-                    "move it with kv.to(model.layer_devices)"
-                )
-        if self.max_positions is not None and kv.get_seq_length() + num_ids > self.max_positions:
-            raise ValueError(
-                f"context and query have {kv.get_seq_length() + num_ids} tokens, more than the {self.max_positions} "
-                f"positions of {self.name}"
-            )
-
-    def _check_vocabulary(self, ids: list[int]) -> list[int]:
-        size = self.model.get_input_embeddings().get_parameter("weight").shape[0]
-        bad = next((token for token in ids if not 0 <= token < size), None)
-        if bad is not None:
-            raise ValueError(f"id {bad} is outside the vocabulary of {size}")
-        return ids
-
     def _load_head_scores(self, source: bool | str | PathLike[str] | Sequence[str]) -> head_scores.HeadScores | None:
         if source is False:
             return None
@@ -308,19 +308,3 @@ class ModelKVzip:
                 f"head scores were computed on {loaded.model} with other weights than this {self.name}", stacklevel=3
             )
         return loaded
-
-
-def _check_kv_type(kv_type: str) -> None:
-    if kv_type not in KV_TYPES:
-        raise ValueError(f"unknown kv_type {kv_type!r}; expected one of {KV_TYPES}")
-
-
-def _scorers(scorer: str | Scorer | Sequence[str | Scorer] | None) -> list[Scorer]:
-    if scorer is None:
-        return []
-    several = [scorer] if isinstance(scorer, str | Scorer) else list(scorer)
-    found = [get_scorer(one) for one in several]
-    names = [one.name for one in found]
-    if len(set(names)) < len(names):
-        raise ValueError(f"scorers must have different names, got {names}")
-    return found

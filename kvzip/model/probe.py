@@ -76,8 +76,8 @@ def make_layers(model: PreTrainedModel, backend: Backend, needed: int) -> list[C
     window = min(layer.sliding_window for layer in sliding)
     if window < needed:
         raise ValueError(
-            f"every layer has a sliding window of {window} tokens and {needed} are needed (prefix, context and room for "
-            "an answer): nothing could be pruned; shorten the context"
+            f"every layer has a sliding window of {window} tokens and {needed} are needed (with room for an "
+            "answer): nothing could be pruned; shorten the context"
         )
     return [ContextLayer(backend, sliding_window=layer.sliding_window) for layer in sliding]
 

@@ -1,0 +1,51 @@
+# make demo | test | lint | bench | train ...  Everything runs in .venv, which `install` makes.
+#
+# TORCH_INDEX: where torch comes from. Empty: PyPI, whose Linux build runs on CUDA and CPU machines alike, but is large.
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu     the small CPU-only build
+VENV ?= .venv
+PYTHON ?= python3
+TORCH_INDEX ?=
+PY := $(VENV)/bin/python
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: install demo test lint bench kernels wheel train measure clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: install
+	$(PY) demo.py
+
+test: install
+	$(PY) -m pytest
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: install
+	$(PY) benchmarks/bench_generate.py
+	$(PY) benchmarks/bench_scoring_memory.py
+
+# The backends of this version, `reference` and `torch`, are PyTorch's own operations: no compiler is needed.
+kernels: install
+	$(PY) -c "from kvzip.attention import BACKENDS; print('nothing to compile; backends:', *BACKENDS)"
+
+wheel: install
+	$(PY) -m build --wheel
+
+# Trains the bundled model again (goes on from checkpoints/ if there are any), and measures it.
+train: install
+	$(PY) -m tools.train_bundled
+
+measure: install
+	$(PY) -m tools.measure_bundled
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,56 @@
+"""What a user may hand to a model, checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvzip.kvcache import KV_TYPES, KVCache
+from kvzip.scoring import Scorer, get_scorer
+
+if TYPE_CHECKING:
+    from kvzip.model.model import ModelKVzip
+
+
+def check_kv_type(kv_type: str) -> str:
+    """Return `kv_type`, or raise ValueError with the choices."""
+    if kv_type not in KV_TYPES:
+        raise ValueError(f"unknown kv_type {kv_type!r}; expected one of {KV_TYPES}")
+    return kv_type
+
+
+def check_vocabulary(model: ModelKVzip, ids: list[int]) -> list[int]:
+    """Return `ids`, or raise ValueError where one is outside the vocabulary."""
+    size = model.model.get_input_embeddings().get_parameter("weight").shape[0]
+    bad = next((token for token in ids if not 0 <= token < size), None)
+    if bad is not None:
+        raise ValueError(f"id {bad} is outside the vocabulary of {size}")
+    return ids
+
+
+def check_kv(model: ModelKVzip, kv: KVCache, num_ids: int = 0) -> None:
+    """Raise ValueError where `kv` is not of `model`, not on its devices, or leaves no room for `num_ids` tokens."""
+    if not isinstance(kv, KVCache):
+        raise ValueError(f"kv must be what prefill or load_kv returned, got {type(kv).__name__}")
+    if kv.model_id != model.model_id:
+        raise ValueError(f"this kv belongs to another model: {kv.model_id}, not {model.name} ({model.model_id})")
+    for index, (layer, device) in enumerate(zip(kv.layers, model.layer_devices, strict=True)):
+        if layer.device != device:
+            raise ValueError(
+                f"layer {index} of the kv is on {layer.device}, the model's on {device}; "
+                "move it with kv.to(model.layer_devices)"
+            )
+    length, room = kv.get_seq_length() + num_ids, model.max_positions
+    if room is not None and length > room:
+        raise ValueError(f"context and query have {length} tokens, more than the {room} positions of {model.name}")
+
+
+def check_scorers(scorer: str | Scorer | Sequence[str | Scorer] | None) -> list[Scorer]:
+    """Return the scorers meant, or raise ValueError for unknown or repeated names."""
+    if scorer is None:
+        return []
+    found = [get_scorer(one) for one in ([scorer] if isinstance(scorer, str | Scorer) else scorer)]
+    names = [one.name for one in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"scorers must have different names, got {names}")
+    return found
