@@ -46,6 +46,7 @@ SUPPORTED: dict[str, dict] = {
 
 REFUSED: dict[str, dict] = {
     "deepseek_v3": {
+        "head_dim": 4,
         **MOE,
         "n_routed_experts": 4,
         "n_group": 2,

@@ -8,7 +8,10 @@ document, greedily. Documents come from the test split: names, values and some p
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
+import statistics
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -26,45 +29,64 @@ SCORERS = ("kvzip", "kvzip_plus", "streaming_llm", "knorm", "random")
 RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 
 
-def measure(model: ModelKVzip, lengths: list[int], documents: int, questions: int, level: str, seed: int) -> dict:
-    """Return {task: {length: {scorer: {ratio: [score of each answer]}}}}; ratio 1 is the full cache, asked once."""
-    found: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    todo = [(task, length, i) for length in lengths for task in TASKS for i in range(documents)]
-    for task, length, i in tqdm(todo, unit="document"):
-        record = exams.generate(
-            task, seed + i, split="test", tokens=length, count_tokens=model.tokenizer, num_questions=questions
-        )
-        kv = model.prefill(record.context, scorer=SCORERS, kv_type="retain")
-        for scorer in SCORERS:
-            for ratio in RATIOS:
-                if ratio == 1.0 and scorer != SCORERS[0]:
-                    continue
-                kv.prune(ratio, level, scorer=scorer)
-                scores = [
-                    exams.score(task, model.generate(question, kv, max_new_tokens=record.max_new_tokens), references)
-                    for question, references in zip(record.questions, record.answers, strict=True)
-                ]
-                for name in SCORERS if ratio == 1.0 else (scorer,):
-                    found[task][length][name].setdefault(str(ratio), []).extend(scores)
+Cell = tuple[str, int, str, float]  # task, length, scorer, ratio
+
+
+def ask(model: ModelKVzip, task: str, length: int, seed: int, questions: int, level: str) -> dict[Cell, list[float]]:
+    """Score of every answer about one document; ratio 1 is the full cache, the same for all scorers and asked once."""
+    record = exams.generate(
+        task, seed, split="test", tokens=length, count_tokens=model.tokenizer, num_questions=questions
+    )
+    kv = model.prefill(record.context, scorer=SCORERS, kv_type="retain")
+    found: dict[Cell, list[float]] = {}
+    for scorer in SCORERS:
+        for ratio in RATIOS:
+            if ratio == 1.0 and found:
+                found[task, length, scorer, ratio] = found[task, length, SCORERS[0], ratio]
+                continue
+            kv.prune(ratio, level, scorer=scorer)
+            found[task, length, scorer, ratio] = [
+                exams.score(task, model.generate(question, kv, max_new_tokens=record.max_new_tokens), references)
+                for question, references in zip(record.questions, record.answers, strict=True)
+            ]
     return found
 
 
-def table(found: dict, lengths: list[int]) -> str:
-    """Markdown: a block a task and length, rows scorers, columns ratios, per cent of exact answers; then all."""
-    heads = [(task, length) for task in found for length in lengths] + [("all", None)]
+def _start(name: str) -> None:
+    global _model  # one model a worker process
+    torch.set_num_threads(1)
+    _model = ModelKVzip(name)
+
+
+def _work(job: tuple[str, int, int, int, str]) -> dict[Cell, list[float]]:
+    return ask(_model, *job)
+
+
+def measure(name: str, jobs: list[tuple[str, int, int, int, str]], workers: int) -> dict[Cell, list[float]]:
+    """Run all jobs in `workers` processes."""
+    found: dict[Cell, list[float]] = defaultdict(list)
+    with multiprocessing.get_context("spawn").Pool(workers, _start, (name,)) as pool:
+        for answered in tqdm(pool.imap(_work, jobs), total=len(jobs), unit="document"):
+            for cell, scores in answered.items():
+                found[cell] += scores
+    return found
+
+
+def table(found: dict[Cell, list[float]]) -> str:
+    """Markdown: rows scorers, columns ratios, per cent of exact answers; all together first, then a block a cell."""
+    tasks, lengths = (list(dict.fromkeys(cell[i] for cell in found)) for i in (0, 1))
+    blocks: list[tuple[str, list[tuple[str, int]]]] = [
+        ("all tasks and lengths", [(task, length) for task in tasks for length in lengths])
+    ]
+    blocks += [(f"{task}, {length} tokens", [(task, length)]) for task in tasks for length in lengths]
     lines = []
-    for task, length in heads:
-        cells = [found[task][length]] if length is not None else [found[t][n] for t in found for n in lengths]
-        count = sum(len(cell[SCORERS[0]]["1.0"]) for cell in cells)
-        title = f"{task}, {length} tokens" if length is not None else "all tasks and lengths"
-        lines += [f"**{title}** ({count} questions)", "", f"| scorer | {' | '.join(map(str, RATIOS))} |"]
+    for title, cells in blocks:
+        count = sum(len(found[*cell, SCORERS[0], 1.0]) for cell in cells)
+        lines += [f"**{title}** ({count} questions)", "", f"| ratio kept | {' | '.join(map(str, RATIOS))} |"]
         lines.append("|---" * (len(RATIOS) + 1) + "|")
         for scorer in SCORERS:
-            means = []
-            for ratio in RATIOS:
-                values = [value for cell in cells for value in cell[scorer][str(ratio)]]
-                means.append(f"{100 * sum(values) / len(values):.1f}")
-            lines.append(f"| {scorer} | {' | '.join(means)} |")
+            means = [statistics.mean(v for cell in cells for v in found[*cell, scorer, ratio]) for ratio in RATIOS]
+            lines.append(f"| {scorer} | {' | '.join(f'{100 * mean:.1f}' for mean in means)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -73,30 +95,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="bundled", help="a name that ModelKVzip takes")
     parser.add_argument("--lengths", default="512,1024,2048", help="context lengths in tokens")
-    parser.add_argument("--documents", type=int, default=8, help="documents a task and length")
+    parser.add_argument("--documents", type=int, default=6, help="documents a task and length")
     parser.add_argument("--questions", type=int, default=8, help="questions a document")
     parser.add_argument("--level", default="pair")
     parser.add_argument("--seed", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "bundled_model")
     args = parser.parse_args()
     lengths = [int(length) for length in args.lengths.split(",")]
-    model = ModelKVzip(args.model)
+    jobs = [
+        (task, length, args.seed + i, args.questions, args.level)
+        for length in sorted(lengths, reverse=True)
+        for task in TASKS
+        for i in range(args.documents)
+    ]
     start = time.time()
-    found = measure(model, lengths, args.documents, args.questions, args.level, args.seed)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings |= {
+    found = measure(args.model, jobs, args.workers)
+    found = dict(sorted(found.items(), key=lambda item: (TASKS.index(item[0][0]), item[0][1])))
+    settings = {key: value for key, value in vars(args).items() if key != "out"} | {
         "kvzip": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {model.device}",
-        "weights": model.model_id["weights"],
+        "machine": platform.machine(),
+        "weights": ModelKVzip(args.model).model_id["weights"],
         "seconds": round(time.time() - start),
     }
-    del settings["out"]
-    args.out.with_suffix(".json").write_text(json.dumps({"settings": settings, "scores": found}, indent=1) + "\n")
-    text = table(found, lengths)
-    command = "python -m tools.measure_bundled"
-    args.out.with_suffix(".md").write_text(f"Exact answers in per cent. Command: `{command}`; {settings}\n\n{text}")
+    rows = [{"cell": list(cell), "scores": scores} for cell, scores in found.items()]
+    args.out.with_suffix(".json").write_text(json.dumps({"settings": settings, "found": rows}) + "\n")
+    text, command = table(found), "python -m tools.measure_bundled"
+    head = f"Exact answers in per cent, with one prefill a document. Command: `{command}`\n\n{settings}"
+    args.out.with_suffix(".md").write_text(f"{head}\n\n{text}")
     print(text)
 
 

@@ -60,8 +60,8 @@ def resolve_backend(name: str, devices: Iterable[torch.device]) -> tuple[str, Ba
     if name == "auto":
         name = "torch" if kinds == ["cpu"] else "reference"
         logger.info("attention backend: %s (layers on %s)", name, ", ".join(kinds))
-    if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, n=1)
+    if not isinstance(name, str) or name not in BACKENDS:
+        near = difflib.get_close_matches(str(name), BACKENDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown backend {name!r}; expected one of {('auto', *BACKENDS)}{hint}")
     if name == "torch" and kinds != ["cpu"]:

@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _PREFIX = "kvzip_over_"
+_FALLBACKS: dict[str, str] = {}  # registered name -> the implementation it stands in front of
 
 
 class LogicalLength(int):
@@ -62,13 +63,14 @@ def install(model: PreTrainedModel) -> str:
         ValueError: the architecture does not let its attention be set.
     """
     current = model.config.get_text_config(decoder=True)._attn_implementation or "eager"
-    if current.startswith(_PREFIX):
-        return _fallback_name(current)
+    if current in _FALLBACKS:
+        return _FALLBACKS[current]
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be set"
         )
-    name = _PREFIX + current.replace("flash_attention", "fa")
+    name = _PREFIX + current.replace("flash", "f")  # transformers takes "flash" in a name for its own kernels
+    _FALLBACKS[name] = current
     AttentionInterface.register(name, partial(_attention_forward, current))
     AttentionMaskInterface.register(name, partial(_mask, current))
     model.set_attn_implementation(name)
@@ -78,12 +80,8 @@ def install(model: PreTrainedModel) -> str:
 def restore(model: PreTrainedModel) -> None:
     """Give `model` back the attention implementation that `install` replaced."""
     current = model.config.get_text_config(decoder=True)._attn_implementation or ""
-    if current.startswith(_PREFIX):
-        model.set_attn_implementation(_fallback_name(current))
-
-
-def _fallback_name(name: str) -> str:
-    return name.removeprefix(_PREFIX).replace("fa_", "flash_attention_")
+    if current in _FALLBACKS:
+        model.set_attn_implementation(_FALLBACKS[current])
 
 
 def _attention_forward(
@@ -120,12 +118,12 @@ def _eager_of(module: nn.Module) -> Any:
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
-def _mask(fallback: str, *, kv_length: int, q_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+def _mask(fallback: str, *, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
     if isinstance(kv_length, LogicalLength):
-        if attention_mask is not None and q_length > 1 and not bool(attention_mask.all()):
+        if attention_mask is not None and not bool(attention_mask.all()):
             raise ValueError("a kvzip cache holds one unpadded context: remove the padding from attention_mask")
         return None
     if fallback not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
     stock = ALL_MASK_ATTENTION_FUNCTIONS[fallback]
-    return stock(kv_length=kv_length, q_length=q_length, attention_mask=attention_mask, **kwargs)
+    return stock(kv_length=kv_length, attention_mask=attention_mask, **kwargs)

@@ -1,5 +1,6 @@
 """The oracle: attention in float32 with plain tensor operations, tiled so that memory does not grow."""
 
+import math
 from functools import partial
 
 import torch
@@ -37,7 +38,7 @@ def _block(
     _, heads, num_rows, _ = rows.shape
     kv_len = keys.shape[2]
     budget = tile_logits(rows.device) // heads
-    row_step = max(1, min(num_rows, budget // _MIN_KEYS))
+    row_step = min(num_rows, max(1, math.isqrt(budget)))
     key_step = max(_MIN_KEYS, budget // row_step)
     output = rows.new_zeros((1, heads, num_rows, values.shape[-1]), dtype=torch.float32)
     lse = rows.new_full((1, heads, num_rows), -torch.inf, dtype=torch.float32)

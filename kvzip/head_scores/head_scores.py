@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class HeadScores:
     @classmethod
     def from_pair_scores(cls, scores: Tensor, **provenance: str) -> HeadScores:
         """Take the maximum over positions of (num_layers, num_key_value_heads, context_length) pair scores."""
-        return cls([[round(value, 6) for value in row] for row in scores.amax(-1).tolist()], **provenance)
+        return cls(_rounded(scores.amax(-1)), **provenance)
 
     def merge(self, *others: HeadScores) -> HeadScores:
         """Return the maximum of all, with the provenance of all.
@@ -71,8 +72,9 @@ class HeadScores:
             raise ValueError(f"head scores of different models cannot be merged: {shapes}")
         data = "; ".join(dict.fromkeys(one.data for one in every if one.data))
         merged = torch.stack([one.tensor for one in every]).amax(0)
-        rounded = [[round(value, 6) for value in row] for row in merged.tolist()]
-        return HeadScores(rounded, self.model, self.model_id, self.revision, data, max(one.date for one in every))
+        return HeadScores(
+            _rounded(merged), self.model, self.model_id, self.revision, data, max(one.date for one in every)
+        )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a JSON file, one line a layer."""
@@ -81,6 +83,11 @@ class HeadScores:
         head = json.dumps(facts, indent=2)[:-2]
         body = ",\n    ".join(json.dumps(row) for row in rows)
         Path(path).write_text(f'{head},\n  "scores": [\n    {body}\n  ]\n}}\n')
+
+
+def _rounded(scores: Tensor) -> list[list[float]]:
+    """Six significant digits: readable, and no ties that were none."""
+    return [[float(f"{value:.6g}") for value in row] for row in scores.tolist()]
 
 
 def available() -> list[str]:
@@ -101,7 +108,7 @@ def load(source: str | PathLike[str] | Sequence[str | PathLike[str]]) -> HeadSco
             raise ValueError("no head-score file named")
         return loaded[0].merge(*loaded[1:])
     if str(source) in available():
-        return _from_json((files("kvzip.head_scores") / "files" / f"{source}.json").read_text(), str(source))
+        return _from_json(files("kvzip.head_scores") / "files" / f"{source}.json")
     path = Path(source)
     if not path.is_file():
         names = available()
@@ -110,17 +117,17 @@ def load(source: str | PathLike[str] | Sequence[str | PathLike[str]]) -> HeadSco
         raise ValueError(f"no head scores {str(source)!r}: not a file, nor one of {names}{hint}")
     if path.suffix == ".pt":
         return _from_pt(path)
-    return _from_json(path.read_text(), str(path))
+    return _from_json(path)
 
 
-def _from_json(text: str, where: str) -> HeadScores:
+def _from_json(path: Traversable) -> HeadScores:
     try:
-        facts = json.loads(text)
+        facts = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(facts, dict) or facts.pop("format", None) != FORMAT:
             raise ValueError(f"it is not marked as {FORMAT!r}")
         return HeadScores(**facts)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where} is not a head-score file: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a head-score file: {error}") from error
 
 
 def _from_pt(path: Path) -> HeadScores:

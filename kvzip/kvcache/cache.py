@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -144,8 +145,9 @@ class KVCache(Cache):
     @property
     def allocated_nbytes(self) -> int:
         """All bytes held: context, tail buffers at their capacity, masks, scores and ids."""
-        beside = self.input_ids.nbytes + sum(scores.nbytes for scores in self._scores.values())
-        return self.nbytes + beside + sum(layer.tail_nbytes for layer in self.layers)
+        beside = [self.input_ids, *self._scores.values(), *([] if self.head_scores is None else [self.head_scores])]
+        tails = sum(layer.tail_nbytes for layer in self.layers)
+        return self.nbytes + tails + sum(tensor.nbytes for tensor in beside)
 
     def __repr__(self) -> str:
         return describe(self)
@@ -233,7 +235,8 @@ class KVCache(Cache):
         available = self.keep_mask if self.kv_type == "evict" and self.is_pruned else None
         chosen = selection.select(scores, ratio, level, context_length=self.context_length, available=available)
         self.prune_to(chosen.keep)
-        self.pruned_with = {"level": level, "ratio": float(ratio), "scorer": scorer or next(iter(self._scores), "")}
+        by = "head scores" if by_head else scorer or self.scorers[0]
+        self.pruned_with = {"level": level, "ratio": float(ratio), "scorer": by}
         return PruneResult(chosen.threshold, self.ratio)
 
     def prune_to(self, keep: Tensor) -> None:
@@ -261,15 +264,27 @@ class KVCache(Cache):
     def scratch(self, *, keep: bool = False) -> Iterator[None]:
         """Drop what is appended inside the block when it ends; with `keep`, only when it raises."""
         marks, ids = [layer.mark() for layer in self.layers], self.input_ids
-        finished = False
+        drop = True
         try:
             yield
-            finished = True
+            drop = not keep
         finally:
-            if not (keep and finished):
+            if drop:
                 self.input_ids = ids
-                for layer, mark in zip(self.layers, marks, strict=True):
-                    layer.rollback(mark)
+            for layer, mark in zip(self.layers, marks, strict=True):
+                layer.release(mark, drop=drop)
+
+    @contextmanager
+    def unmasked(self) -> Iterator[None]:
+        """Attend to everything that is stored inside the block, whatever is masked."""
+        before = [layer.context for layer in self.context_layers]
+        try:
+            for layer in self.context_layers:
+                layer.context = replace(layer.store, mask=None)
+            yield
+        finally:
+            for layer, context in zip(self.context_layers, before, strict=True):
+                layer.context = context
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:
@@ -282,10 +297,10 @@ class KVCache(Cache):
             for layer in self.context_layers:
                 layer.observer = None
 
-    def release_tail(self) -> None:
-        """Give back the tail buffers where no turn is kept."""
-        for layer in self.context_layers:
-            layer.release_tail()
+    def compact(self) -> None:
+        """Give back memory that holds nothing: tail buffers where no turn is kept, and what sliding windows left."""
+        for layer in self.layers:
+            layer.compact()
 
     # -- copies ------------------------------------------------------------------------------------------------------
 
@@ -310,7 +325,6 @@ class KVCache(Cache):
         moved = self.clone()
         for layer, target in zip(moved.layers, devices, strict=True):
             layer.apply(partial(torch.Tensor.to, device=target))
-            layer.device = target
         return moved
 
     def save(self, path: str | PathLike[str]) -> None:

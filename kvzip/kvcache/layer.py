@@ -43,6 +43,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.tail_length = 0
         self.observer: Observer | None = None
         self._reserved = 0
+        self._floor = 0
 
     def __repr__(self) -> str:
         return f"ContextLayer(context={self.sealed_length}, tail={self.tail_length})"
@@ -94,15 +95,16 @@ class ContextLayer(CacheLayerMixin, KVStates):
         """Drop the last `-tokens_to_remove` tokens of the tail (a negative number, as in transformers).
 
         Raises:
-            ValueError: positive, or more than the tail holds.
+            ValueError: positive, or more than the tail holds, or than was appended since `mark`.
         """
-        if tokens_to_remove > 0 or -tokens_to_remove > self.tail_length:
-            raise ValueError(f"cannot crop by {tokens_to_remove}: expected -{self.tail_length} to 0, the tail's length")
+        most = self.tail_length - self._floor
+        if not -most <= tokens_to_remove <= 0:
+            raise ValueError(f"cannot crop by {tokens_to_remove}: expected -{most} to 0, what was appended")
         self.tail_length += tokens_to_remove
 
     def reset(self) -> None:
-        """Drop the tail; the context stays."""
-        self.tail_length = 0
+        """Drop the tail, or what was appended since `mark`; the context stays."""
+        self.tail_length = self._floor
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refuse: there is one sequence."""
@@ -183,7 +185,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.context = RaggedKV(keys.reshape(heads * length, -1), values.reshape(heads * length, -1), (length,) * heads)
         self.prefix_length, self.context_length = prefix_length, length - prefix_length
         self.tail_length = self._reserved = 0
-        self.release_tail()
+        self.compact()
 
     def prune(self, keep: Tensor, *, evict: bool) -> None:
         """Keep only what `keep` marks.
@@ -208,18 +210,22 @@ class ContextLayer(CacheLayerMixin, KVStates):
         mask = None if bool(keep.all()) else self._with_prefix(keep)
         self.context = RaggedKV(self.store.keys, self.store.values, self.store.lengths, mask)
 
-    def release_tail(self) -> None:
+    def compact(self) -> None:
         """Give back the tail's memory where it is empty."""
         if self.tail_length == 0:
             self.tail_keys = self.tail_values = None
 
-    def mark(self) -> int:
-        """What `rollback` needs to bring the layer back."""
-        return self.tail_length
+    def mark(self) -> tuple[int, int]:
+        """What `release` needs to bring the layer back; until then nothing before it can be cropped."""
+        mark = self.tail_length, self._floor
+        self._floor = self.tail_length
+        return mark
 
-    def rollback(self, mark: Any) -> None:
-        """Be as at `mark`."""
-        self.tail_length = mark
+    def release(self, mark: Any, *, drop: bool) -> None:
+        """End what `mark` began; with `drop`, be as it was then."""
+        length, self._floor = mark
+        if drop:
+            self.tail_length = length
 
     def copy_tail(self) -> None:
         """Stop sharing the tail's buffers, which are written in place; the store may stay shared."""
@@ -233,6 +239,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.keep_mask = None if self.keep_mask is None else function(self.keep_mask)
         if self.tail_keys is not None and self.tail_values is not None:
             self.tail_keys, self.tail_values = function(self.tail_keys), function(self.tail_values)
+        self.device = self.store.keys.device
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON facts from which `unpack` restores the layer."""
@@ -252,11 +259,22 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Take over what `pack` gave."""
-        self.lazy_initialization(tensors["keys"], tensors["values"])
-        self.prefix_length, self.context_length = facts["prefix_length"], facts["context_length"]
-        self.sliding_window = facts["sliding_window"]
-        self.context = RaggedKV(tensors["keys"], tensors["values"], tuple(facts["lengths"]))
+        keys, values, lengths = tensors["keys"], tensors["values"], tuple(facts["lengths"])
+        prefix, context = facts["prefix_length"], facts["context_length"]
         self.keep_mask = tensors.get("keep_mask")
+        consistent = (
+            prefix >= 0
+            and context > 0
+            and all(0 <= length <= prefix + context for length in lengths)
+            and sum(lengths) == len(keys) == len(values)
+            and (self.keep_mask is None or self.keep_mask.shape == (len(lengths), context))
+        )
+        if not consistent:
+            raise ValueError("the lengths of a layer contradict its tensors")
+        self.lazy_initialization(keys, values)
+        self.prefix_length, self.context_length = prefix, context
+        self.sliding_window = facts["sliding_window"]
+        self.context = RaggedKV(keys, values, lengths)
         if facts["masked"]:
             assert self.keep_mask is not None
             self.mask_rows(self.keep_mask)

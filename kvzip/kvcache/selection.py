@@ -140,6 +140,7 @@ def select(
     chosen = _LEVELS[level](scores, available, ratio)
     if chosen.keep.ndim == 2:
         length = scores.shape[-1] if scores.ndim == 3 else context_length
-        assert length is not None, "head scores alone do not say how long the context is"
+        if length is None:
+            raise ValueError("head scores alone do not say how long the context is: give context_length")
         return Selection(chosen.keep[..., None].expand(-1, -1, length).contiguous(), chosen.threshold)
     return chosen

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvzip.kvcache.cache import KVCache
+from kvzip.kvcache.cache import KV_TYPES, KVCache
+from kvzip.kvcache.selection import check_level
 
 FORMAT = "kvzip-kv/1"
 _KEY = "kvzip"
@@ -56,6 +57,7 @@ def save(kv: KVCache, path: str | os.PathLike[str]) -> None:
     os.close(handle)
     try:
         save_file(tensors, partial, metadata={_KEY: json.dumps(header, sort_keys=True)})
+        os.chmod(partial, 0o666 & ~_umask())  # mkstemp's files are private, a saved one is like any other
         os.replace(partial, path)
     finally:
         Path(partial).unlink(missing_ok=True)
@@ -69,24 +71,34 @@ def load(kv: KVCache, path: str | os.PathLike[str]) -> KVCache:
         ValueError: not a kv file, cut or altered, or of another model or tokenizer.
     """
     header, tensors = _read(path)
+    try:
+        _fill(kv, header, tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+    return kv
+
+
+def _fill(kv: KVCache, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     for what, expected in kv.model_id.items():
         found = header["model_id"].get(what)
         if found != expected:
-            raise ValueError(f"{path} was saved with another {what}: {found!r} in the file, {expected!r} here")
+            raise ValueError(f"it was saved with another {what}: {found!r} in the file, {expected!r} here")
     if len(header["layers"]) != len(kv.layers):
-        raise ValueError(f"{path} has {len(header['layers'])} layers, this model has {len(kv.layers)}")
+        raise ValueError(f"it has {len(header['layers'])} layers, this model has {len(kv.layers)}")
+    kv.kv_type, kv.level, kv.pruned_with = header["kv_type"], header["level"], header["pruned_with"]
+    if kv.kv_type not in KV_TYPES:
+        raise ValueError(f"unknown kv_type {kv.kv_type!r}; expected one of {KV_TYPES}")
+    check_level(kv.level)
     for index, (layer, facts) in enumerate(zip(kv.layers, header["layers"], strict=True)):
         prefix = f"layers.{index}."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         if facts["kind"] != layer.kind:
-            raise ValueError(f"{path}: layer {index} is a {facts['kind']} layer, in this model a {layer.kind} layer")
+            raise ValueError(f"layer {index} is a {facts['kind']} layer, in this model a {layer.kind} layer")
         layer.unpack(own, facts)
-    kv.kv_type, kv.level, kv.pruned_with = header["kv_type"], header["level"], header["pruned_with"]
     kv.input_ids = tensors["input_ids"]
     kv.head_scores = tensors.get("head_scores")
     for name in header["scorers"]:
         kv.set_scores(name, tensors[f"scores.{name}"])
-    return kv
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -94,19 +106,26 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         raise FileNotFoundError(f"no kv file at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-            if text is None:
+            metadata = file.metadata() or {}
+            if set(metadata) != {_KEY}:
                 raise ValueError(f"{path} is a safetensors file, but not one that kv.save wrote")
-            header = json.loads(text)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+            header = json.loads(metadata[_KEY])
+            mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not a complete kv file: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else header
         raise ValueError(f"{path} has format {found!r}; expected {FORMAT!r}")
-    if header.pop("sha256", None) != _digest(header, tensors):
+    if header.pop("sha256", None) != _digest(header, mapped):
         raise ValueError(f"{path} was altered or damaged: its checksum does not match")
-    return header, tensors
+    # Copies: what safetensors returns is a view of the file, which may change or vanish later.
+    return header, {name: tensor.clone() for name, tensor in mapped.items()}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-Mark = tuple[Tensor | None, Tensor | None, int, bool]
+Mark = tuple[Tensor | None, Tensor | None, int, bool, bool]
 
 
 class SlidingLayer(DynamicSlidingWindowLayer):
@@ -28,16 +28,22 @@ class SlidingLayer(DynamicSlidingWindowLayer):
 
     @property
     def tail_nbytes(self) -> int:
-        """Nothing beside the window."""
-        return 0
+        """Bytes held beside the window: the rest of what it is a view of."""
+        held = (states.untyped_storage().nbytes() for states in (self.keys, self.values) if states is not None)
+        return sum(held) - self.nbytes
 
     def mark(self) -> Mark:
-        """What `rollback` needs to bring the layer back."""
-        return self.keys, self.values, self.cumulative_length, self.is_initialized
+        """What `release` needs to bring the layer back."""
+        return self.keys, self.values, self.cumulative_length, self.is_initialized, self.record_past
 
-    def rollback(self, mark: Any) -> None:
-        """Be as at `mark`."""
-        self.keys, self.values, self.cumulative_length, self.is_initialized = mark
+    def release(self, mark: Any, *, drop: bool) -> None:
+        """End what `mark` began; with `drop`, be as it was then."""
+        if drop:
+            self.keys, self.values, self.cumulative_length, self.is_initialized, self.record_past = mark
+
+    def compact(self) -> None:
+        """Hold the window alone: what transformers keeps is a view of everything that the last pass saw."""
+        self.apply(torch.clone)
 
     def copy_tail(self) -> None:
         """Nothing is written in place: there is nothing to copy."""
@@ -46,11 +52,12 @@ class SlidingLayer(DynamicSlidingWindowLayer):
         """Replace every tensor by `function(tensor)`."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = function(self.keys), function(self.values)
+            self.device = self.keys.device
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON facts from which `unpack` restores the layer."""
-        assert self.keys is not None
-        assert self.values is not None
+        if self.keys is None or self.values is None:
+            raise ValueError("this kv holds no context yet: there is nothing to save")
         return {"keys": self.keys, "values": self.values}, {"cumulative_length": self.cumulative_length}
 
     def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

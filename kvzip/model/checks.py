@@ -40,16 +40,27 @@ def check_kv(model: ModelKVzip, kv: KVCache, num_ids: int = 0) -> None:
                 f"layer {index} of the kv is on {layer.device}, the model's on {device}; "
                 "move it with kv.to(model.layer_devices)"
             )
-    length, room = kv.get_seq_length() + num_ids, model.max_positions
-    if room is not None and length > room:
-        raise ValueError(f"context and query have {length} tokens, more than the {room} positions of {model.name}")
+    if len(kv.input_ids) != kv.get_seq_length():
+        raise ValueError(
+            f"this kv holds {kv.get_seq_length()} tokens, its input_ids {len(kv.input_ids)}: it was used elsewhere as "
+            "past_key_values; do that inside `with kv.scratch():`, or crop what was appended"
+        )
+    check_positions(model, kv.get_seq_length() + num_ids)
+
+
+def check_positions(model: ModelKVzip, length: int) -> None:
+    """Raise ValueError where `length` tokens are more than the model has positions."""
+    if model.max_positions is not None and length > model.max_positions:
+        raise ValueError(
+            f"context and query have {length} tokens, more than the {model.max_positions} positions of {model.name}"
+        )
 
 
 def check_scorers(scorer: str | Scorer | Sequence[str | Scorer] | None) -> list[Scorer]:
     """Return the scorers meant, or raise ValueError for unknown or repeated names."""
     if scorer is None:
         return []
-    found = [get_scorer(one) for one in ([scorer] if isinstance(scorer, str | Scorer) else scorer)]
+    found = [get_scorer(one) for one in (scorer if isinstance(scorer, list | tuple) else [scorer])]  # type: ignore[arg-type]
     names = [one.name for one in found]
     if len(set(names)) < len(names):
         raise ValueError(f"scorers must have different names, got {names}")

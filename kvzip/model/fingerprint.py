@@ -7,14 +7,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Settings that do not change what the model computes.
+_BESIDE = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "attn_implementation"}
 _SAMPLES = 32  # values of every parameter that enter the hash: enough to tell fine-tunes apart, quick for 70B
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Hash names, shapes, dtype and a spread of values of all parameters, and the position settings of the config."""
+    """Hash names, shapes, dtype and a spread of values of all parameters, and the config."""
     digest = hashlib.sha256()
-    config = model.config.get_text_config(decoder=True)
-    settings = {key: getattr(config, key, None) for key in ("rope_parameters", "rope_theta", "sliding_window")}
+    settings = model.config.get_text_config(decoder=True).to_dict()
+    settings = {key: value for key, value in settings.items() if key not in _BESIDE and not key.endswith("_token_id")}
     digest.update(json.dumps([type(model).__name__, str(model.dtype), settings], sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}".encode())

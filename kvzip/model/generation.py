@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_NEW_TOKENS = 512
 _ONE_SEQUENCE = ("num_beams", "num_return_sequences")
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 def generate(
@@ -29,21 +30,22 @@ def generate(
         kwargs: for transformers' `generate`.
 
     Raises:
-        ValueError: beams or several returned sequences.
+        ValueError: beams or several returned sequences, assisted decoding of a hybrid model, no positions left.
     """
-    options = _options(model, kwargs)
+    history = model.prompting.prefix_ids() if kv is None else kv.input_ids.tolist()
+    closing = model.prompting.between_ids if keep and close_turn else []
+    options = _options(model, kwargs, kv, len(history) + len(query_ids), len(closing))
     if kv is None:
-        return _run(model, model.prompting.prefix_ids() + query_ids, options)
-    start = kv.get_seq_length()
+        return _run(model, history + query_ids, options)
+    start = len(history)
     with kv.scratch(keep=keep):
-        history = kv.input_ids.tolist()
-        _warn_of_positions(model, start + len(query_ids), options)
         answer = _run(model, history + query_ids, {**options, "past_key_values": kv})
         if keep:
-            turn = [*query_ids, *answer.tolist(), *(model.prompting.between_ids if close_turn else [])]
+            turn = [*query_ids, *answer.tolist(), *closing]
             rest = turn[kv.get_seq_length() - start :]
             if rest:
                 feed(model.model, kv, rest)
+            kv.compact()
             kv.input_ids = torch.tensor(history + turn, dtype=torch.int64)
     return answer
 
@@ -55,20 +57,29 @@ def _run(model: ModelKVzip, ids: list[int], options: dict[str, Any]) -> Tensor:
     return sequence[:-1] if len(sequence) and int(sequence[-1]) in _eos_ids(model, options) else sequence
 
 
-def _options(model: ModelKVzip, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _options(
+    model: ModelKVzip, kwargs: dict[str, Any], kv: KVCache | None, length: int, closing: int
+) -> dict[str, Any]:
     options = dict(kwargs)
     config = options.get("generation_config") or model.model.generation_config
     for name in _ONE_SEQUENCE:
         count = options.get(name, getattr(config, name, None)) or 1
         if count != 1:
             raise ValueError(f"{name}={count} is not supported: a kvzip cache holds one sequence; expected 1")
+    hybrid = kv is not None and len(kv.context_layers) < len(kv.layers)
+    assisted = [name for name in _ASSISTED if options.get(name, getattr(config, name, None)) is not None]
+    if hybrid and assisted:
+        raise ValueError(f"{assisted[0]} is not supported with the sliding-window layers of {model.name}")
+    room = _room(model, length, closing)
     if "generation_config" not in options:
         if options.get("max_length") is None:
-            options.setdefault("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+            default = DEFAULT_MAX_NEW_TOKENS if room is None else min(DEFAULT_MAX_NEW_TOKENS, room)
+            options.setdefault("max_new_tokens", default)
         if not options.setdefault("do_sample", False):
             # A checkpoint's sampling defaults mean nothing to greedy decoding; unset, transformers does not warn.
             for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
                 options.setdefault(name, None)
+    _check_room(model, options.get("max_new_tokens", getattr(config, "max_new_tokens", None)), room)
     if options.get("stop_strings") is not None:
         options.setdefault("tokenizer", model.tokenizer)
     if options.get("pad_token_id", config.pad_token_id) is None:
@@ -76,15 +87,33 @@ def _options(model: ModelKVzip, kwargs: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _room(model: ModelKVzip, length: int, closing: int) -> int | None:
+    """New tokens that fit after `length` tokens and before the end of a kept turn; None = no limit.
+
+    The last new token of a turn that is not kept is never fed and needs no position.
+    """
+    if model.max_positions is None:
+        return None
+    room = model.max_positions - length + (-closing if closing else 1)
+    if room < 1:
+        raise ValueError(
+            f"prompt and turn have {length + closing} tokens, which leaves no room for an answer in the "
+            f"{model.max_positions} positions of {model.name}"
+        )
+    return room
+
+
+def _check_room(model: ModelKVzip, wanted: int | None, room: int | None) -> None:
+    """Refuse more new tokens than a table of learned positions has rows; rotary positions go on, with a warning."""
+    if wanted is None or room is None or wanted <= room:
+        return
+    message = f"max_new_tokens={wanted} exceeds the {room} positions that {model.name} has left"
+    if getattr(model.config, "rope_parameters", None) is None:
+        raise ValueError(message)
+    warnings.warn(f"{message}; answers may be poor beyond them", stacklevel=5)
+
+
 def _eos_ids(model: ModelKVzip, options: dict[str, Any]) -> set[int]:
     config = options.get("generation_config") or model.model.generation_config
     eos = options.get("eos_token_id", config.eos_token_id)
     return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
-
-
-def _warn_of_positions(model: ModelKVzip, length: int, options: dict[str, Any]) -> None:
-    wanted = options.get("max_new_tokens")
-    if model.max_positions is not None and wanted is not None and length + wanted > model.max_positions:
-        room = model.max_positions - length
-        if "generation_config" in options or room < 1:
-            warnings.warn(f"{model.name} has {model.max_positions} positions, {room} of them left", stacklevel=5)

@@ -17,10 +17,10 @@ from kvzip.attention import resolve_backend
 from kvzip.attention import restore as restore_attention
 from kvzip.kvcache import KVCache
 from kvzip.model import calibration, generation, loading, passes
-from kvzip.model.checks import check_kv, check_kv_type, check_scorers, check_vocabulary
+from kvzip.model.checks import check_kv, check_kv_type, check_positions, check_scorers, check_vocabulary
 from kvzip.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from kvzip.model.probe import check_architecture, make_layers
-from kvzip.model.prompting import INSTRUCTION, Prompting, Query, as_ids
+from kvzip.model.prompting import INSTRUCTION, Prompting, Query, as_ids, is_messages
 from kvzip.scoring import Scorer
 
 ANSWER_ROOM = 256  # tokens after the context that must fit into a sliding window treated as global
@@ -74,16 +74,23 @@ class ModelKVzip:
         """
         check_kv_type(kv_type)
         self = cls.__new__(cls)
-        self._set_up(model.eval(), tokenizer, model.config.name_or_path or type(model).__name__, kv_type, backend)
+        was_training, name = model.training, model.config.name_or_path or type(model).__name__
+        try:
+            self._set_up(model.eval(), tokenizer, name, kv_type, backend)
+        except BaseException:
+            model.train(was_training)
+            raise
         return self
 
     def _set_up(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, kv_type: str, backend: str
     ) -> None:
         self.model, self.tokenizer, self.name, self.kv_type = model, tokenizer, name, kv_type
-        self.backend, self._attend = resolve_backend(backend, {parameter.device for parameter in model.parameters()})
+        self.backend, self._attend = resolve_backend(
+            backend, {one.device for one in model.parameters() if not one.is_meta}
+        )
         self.prompting = Prompting(tokenizer)
-        self._attention_modules = check_architecture(model, self._attend)
+        self._seams = check_architecture(model, self._attend)
 
     # -- properties --------------------------------------------------------------------------------------------------
 
@@ -105,8 +112,7 @@ class ModelKVzip:
     @property
     def layer_devices(self) -> list[torch.device]:
         """The device of every layer, for `kv.to(...)`."""
-        devices = {index: next(m.parameters()).device for index, m in self._attention_modules.items()}
-        return [devices.get(index, self.device) for index in range(self.config.num_hidden_layers)]
+        return self._seams.devices
 
     @cached_property
     def model_id(self) -> dict[str, str]:
@@ -179,19 +185,14 @@ class ModelKVzip:
             raise ValueError(f"prefill_chunk_size must be at least 1 token, got {prefill_chunk_size}")
         scorers = check_scorers(None if load_score else scorer)
         loaded = self._load_head_scores(load_score)
-        if isinstance(context, str) and not context.strip():
-            raise ValueError("the context is empty")
-        context_ids = check_vocabulary(
-            self, self.encode(context) if isinstance(context, str) else as_ids(context, "context")
-        )
-        prefix = (
-            self.prompting.prefix_ids(instruction) if prefix_ids is None else check_vocabulary(self, list(prefix_ids))
+        if isinstance(context, str):
+            context = self.encode(context) if context.strip() else []
+        context_ids = check_vocabulary(self, as_ids(context, "context"))
+        prefix = check_vocabulary(
+            self, self.prompting.prefix_ids(instruction) if prefix_ids is None else list(prefix_ids)
         )
         length = len(prefix) + len(context_ids)
-        if self.max_positions is not None and length > self.max_positions:
-            raise ValueError(
-                f"prefix and context have {length} tokens, more than the {self.max_positions} positions of {self.name}"
-            )
+        check_positions(self, length)
         kv = self._empty_kv(kv_type, length + ANSWER_ROOM)
         with torch.no_grad():
             passes.prefill(self.model, kv, prefix + context_ids, len(prefix), prefill_chunk_size)
@@ -211,14 +212,15 @@ class ModelKVzip:
         if kv.nbytes < kv.full_nbytes or kv.tail_length:
             state = f"{kv.tail_length} tokens of kept turns" if kv.tail_length else f"a ratio of {kv.ratio:.3f} left"
             raise ValueError(f"scoring needs the whole context and nothing after it, this kv has {state}")
-        self._score(kv, scorers)
+        with kv.unmasked():
+            self._score(kv, scorers)
 
     def _score(self, kv: KVCache, scorers: Sequence[Scorer]) -> None:
-        seen = passes.scoring_context(self.model, kv, self._attention_modules, self.prompting, self.max_positions)
+        seen = passes.scoring_context(self.model, kv, self._seams.modules, self.prompting, self.max_positions)
         with torch.no_grad():
             for one in scorers:
                 kv.set_scores(one.name, one.score(seen))
-        kv.release_tail()
+        kv.compact()
 
     def generate(
         self,
@@ -251,7 +253,9 @@ class ModelKVzip:
         ids = check_vocabulary(self, self.apply_template(query))
         if kv is not None:
             check_kv(self, kv, len(ids))
-        templated = isinstance(query, str) or (not isinstance(query, Tensor) and isinstance(query[0], dict))
+        elif update_cache:
+            raise ValueError("update_cache=True needs a kv to keep the turn in, got kv=None")
+        templated = isinstance(query, str) or is_messages(query)
         with torch.no_grad():
             answer = generation.generate(self, ids, kv, keep=update_cache, close_turn=templated, **kwargs)
         return answer if return_ids or self.tokenizer is None else self.decode(answer)
@@ -303,6 +307,11 @@ class ModelKVzip:
         if source is False:
             return None
         loaded = head_scores.load(self.name if source is True else source)
+        if tuple(loaded.tensor.shape) != self._seams.shape:
+            raise ValueError(
+                f"head scores have shape {tuple(loaded.tensor.shape)}, {self.name} needs {self._seams.shape} "
+                "(num_layers, num_key_value_heads)"
+            )
         if loaded.model_id and loaded.model_id != self.model_id["weights"]:
             warnings.warn(
                 f"head scores were computed on {loaded.model} with other weights than this {self.name}", stacklevel=3

@@ -36,6 +36,7 @@ def prefill(model: PreTrainedModel, kv: KVCache, ids: Sequence[int], prefix_leng
         feed(model, kv, ids[start : start + chunk_size])
     for layer in kv.context_layers:
         layer.seal(prefix_length)
+    kv.compact()
     kv.input_ids = torch.tensor(list(ids), dtype=torch.int64)
 
 

@@ -3,6 +3,8 @@
 It also notices a transformers release that changes a seam: what would silently give other numbers is refused.
 """
 
+from typing import NamedTuple
+
 import torch
 import transformers
 from torch import nn
@@ -17,8 +19,22 @@ _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _TOLERANCE_LOW_PRECISION = 5e-2
 
 
-def check_architecture(model: PreTrainedModel, backend: Backend) -> dict[int, nn.Module]:
-    """Install our attention on `model` and compare; return the attention modules of the prunable layers by layer index.
+class Seams(NamedTuple):
+    """What the probe saw.
+
+    Attributes:
+        modules: the attention modules of the prunable layers, by layer index.
+        devices: where every layer computes.
+        shape: (num_layers, num_key_value_heads) of the prunable layers.
+    """
+
+    modules: dict[int, nn.Module]
+    devices: list[torch.device]
+    shape: tuple[int, int]
+
+
+def check_architecture(model: PreTrainedModel, backend: Backend) -> Seams:
+    """Install our attention on `model`, compare, and return what was found.
 
     Raises:
         ValueError: the architecture cannot work, and why; the model is left as it was.
@@ -28,11 +44,13 @@ def check_architecture(model: PreTrainedModel, backend: Backend) -> dict[int, nn
         raise ValueError(f"{name} is an encoder-decoder; kvzip compresses the context of decoder-only models")
     check_layers(model)
     before = model.config.get_text_config(decoder=True)._attn_implementation
-    install(model)
     try:
+        install(model)
         return _compare(model, backend)
-    except Exception as error:
+    except BaseException as error:
         restore(model)
+        if not isinstance(error, Exception):
+            raise
         raise ValueError(
             f"{name} cannot be used with kvzip (transformers {transformers.__version__}, attention {before!r}): {error}"
         ) from error
@@ -82,7 +100,7 @@ def make_layers(model: PreTrainedModel, backend: Backend, needed: int) -> list[C
     return [ContextLayer(backend, sliding_window=layer.sliding_window) for layer in sliding]
 
 
-def _compare(model: PreTrainedModel, backend: Backend) -> dict[int, nn.Module]:
+def _compare(model: PreTrainedModel, backend: Backend) -> Seams:
     length = _CONTEXT + _TAIL
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(1, length + 1, device=model.device)[None] % vocab_size
@@ -101,4 +119,5 @@ def _compare(model: PreTrainedModel, backend: Backend) -> dict[int, nn.Module]:
     tolerance = _TOLERANCE.get(expected.dtype, _TOLERANCE_LOW_PRECISION)
     if not error <= tolerance:
         raise ValueError(f"its logits differ by {error:.1e} (relative) from stock attention, allowed {tolerance:.0e}")
-    return modules
+    shape = len(kv.context_layers), len(kv.context_layers[0].store.lengths)
+    return Seams(modules, [layer.device for layer in kv.layers], shape)

@@ -4,7 +4,7 @@ The chat template is rendered once around markers and cut at them, so every temp
 pieces are tokenised separately, so that the ids of a context do not depend on the question that follows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,8 +103,10 @@ class Prompting:
             ValueError: empty, or messages out of turn.
         """
         if isinstance(query, str):
+            if not query.strip():
+                raise ValueError("the query is empty")
             return self.encode("\n\n" + query.strip()) + self.suffix_ids
-        if not isinstance(query, torch.Tensor) and len(query) and isinstance(query[0], dict):
+        if is_messages(query):
             return self._messages_ids(query)  # type: ignore[arg-type]
         return as_ids(query, "query")  # type: ignore[arg-type]
 
@@ -119,6 +121,11 @@ class Prompting:
             else:
                 ids += self.encode(message["content"])
         return ids
+
+
+def is_messages(query: object) -> bool:
+    """Whether a query is a list of chat messages."""
+    return isinstance(query, list | tuple) and len(query) > 0 and isinstance(query[0], dict)
 
 
 def as_ids(ids: Sequence[int] | torch.Tensor, what: str) -> list[int]:
@@ -136,9 +143,10 @@ def as_ids(ids: Sequence[int] | torch.Tensor, what: str) -> list[int]:
         ):
             raise ValueError(f"{what} ids must be integers of shape (n,) or (1, n), got {ids.dtype} {tuple(ids.shape)}")
         ids = ids.flatten().tolist()
-    ids = list(ids)
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise ValueError(f"{what} must be a text or integer ids, got {ids[:3]!r}...")
-    if not ids:
+    found = list(ids) if isinstance(ids, Iterable) else [ids]
+    whole = all(isinstance(token, int) and not isinstance(token, bool) for token in found)
+    if not isinstance(ids, Iterable) or not whole:
+        raise ValueError(f"{what} must be a text or integer ids, got {found[:3]!r}")
+    if not found:
         raise ValueError(f"{what} is empty")
-    return ids
+    return found

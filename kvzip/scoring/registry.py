@@ -10,6 +10,7 @@ from kvzip.scoring.base import Scorer
 
 S = TypeVar("S", bound=type[Scorer])
 _SCORERS: dict[str, type[Scorer]] = {}
+_METHODS = "kvzip.scoring.methods"
 
 
 class ScorerInfo(NamedTuple):
@@ -26,8 +27,10 @@ def register(scorer: S) -> S:
     Raises:
         ValueError: the name is taken by another class.
     """
+    if not scorer.__module__.startswith(_METHODS):
+        _discover()
     taken = _SCORERS.get(scorer.name)
-    if taken is not None and taken.__qualname__ != scorer.__qualname__:
+    if taken is not None and (taken.__module__, taken.__qualname__) != (scorer.__module__, scorer.__qualname__):
         raise ValueError(f"scorer name {scorer.name!r} is taken by {taken.__module__}.{taken.__qualname__}")
     _SCORERS[scorer.name] = scorer
     return scorer
@@ -42,7 +45,7 @@ def get_scorer(scorer: str | Scorer) -> Scorer:
     if isinstance(scorer, Scorer):
         return scorer
     _discover()
-    if scorer not in _SCORERS:
+    if not isinstance(scorer, str) or scorer not in _SCORERS:
         near = difflib.get_close_matches(str(scorer), _SCORERS, n=3)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"unknown scorer {scorer!r}; expected one of {tuple(sorted(_SCORERS))}{hint}")
@@ -57,7 +60,6 @@ def list_scorers() -> list[ScorerInfo]:
 
 @cache
 def _discover() -> None:
-    from kvzip.scoring import methods
-
-    for module in pkgutil.iter_modules(methods.__path__, f"{methods.__name__}."):
+    methods = importlib.import_module(_METHODS)
+    for module in pkgutil.iter_modules(methods.__path__, f"{_METHODS}."):
         importlib.import_module(module.name)

@@ -46,6 +46,8 @@ class KVzip(Scorer):
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 token, got {self.chunk_size}")
+        if self.n_sink is not None and self.n_sink < 0:
+            raise ValueError(f"n_sink must be 0 or more tokens, or None for the whole prefix, got {self.n_sink}")
 
     def score(self, context: ScoringContext) -> Tensor:
         """Repeat every chunk once."""

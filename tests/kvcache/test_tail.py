@@ -1,0 +1,295 @@
+"""The tail and what copies, moves, crops or throws it away: growth, clones, devices, recovery from errors."""
+
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+
+from kvzip import ModelKVzip
+from kvzip.attention import BACKENDS
+from kvzip.kvcache import ContextLayer, KVCache, SlidingLayer
+from tests.tiny import build, ids
+
+CONTEXT, PREFIX, QUERY = ids(60, seed=1), ids(4, seed=2), ids(5, seed=3)
+GREEDY = {"max_new_tokens": 6, "eos_token_id": None}
+both = pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+
+
+@cache
+def model_of(name="llama"):
+    return ModelKVzip.from_model(build(name), None)
+
+
+def prefill(name="llama", ratio=0.5, **options):
+    kv = model_of(name).prefill(CONTEXT, **{"prefix_ids": PREFIX, "scorer": "random", **options})
+    kv.prune(ratio)
+    return kv
+
+
+def logits(kv, name="llama"):
+    return model_of(name)(QUERY, kv)
+
+
+def feed(kv, tokens, name="llama"):
+    with torch.no_grad():
+        return model_of(name).model(torch.tensor([tokens]), past_key_values=kv).logits
+
+
+# -- growth ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_tail_grows_by_doubling_and_copies_rarely():
+    """No copy a token: the buffer is replaced a logarithmic number of times, and keeps what it held."""
+    layer = ContextLayer(BACKENDS["reference"])
+    states = torch.arange(2 * 1000 * 4, dtype=torch.float32).view(1, 2, 1000, 4)
+    capacities, buffers = [], set()
+    for i in range(1000):
+        layer.update(states[:, :, i : i + 1], -states[:, :, i : i + 1])
+        capacities.append(layer.tail_keys.shape[2])
+        buffers.add(layer.tail_keys.shape[2])
+        assert layer.tail_length == i + 1 <= capacities[-1]
+    assert all(b in (a, 2 * a) for a, b in pairwise(capacities))
+    assert len(buffers) <= 6
+    assert torch.equal(layer.tail[0], states)
+    assert torch.equal(layer.tail[1], -states)
+
+
+def test_a_long_step_fits_at_once_and_a_reserve_is_exact():
+    layer = ContextLayer(BACKENDS["reference"])
+    layer.reserve(300)
+    layer.update(torch.ones(1, 2, 7, 4), torch.ones(1, 2, 7, 4))
+    assert layer.tail_keys.shape[2] == 300
+    layer.update(torch.ones(1, 2, 293, 4), torch.ones(1, 2, 293, 4))
+    buffer = layer.tail_keys.data_ptr()
+    layer.seal(prefix_length=10)
+    assert layer.store.keys.data_ptr() == buffer, "sealing a full reserve copies nothing"
+    layer.update(torch.ones(1, 2, 500, 4), torch.ones(1, 2, 500, 4))
+    assert layer.tail_keys.shape[2] >= 500
+
+
+def test_tail_bytes_are_told_apart_from_context_bytes():
+    kv = prefill()
+    nbytes, allocated = kv.nbytes, kv.allocated_nbytes
+    assert kv.tail_length == 0
+    assert all(layer.tail_keys is None for layer in kv.layers), "prefill and scoring leave no buffers"
+    model_of().generate(QUERY, kv, update_cache=True, **GREEDY)
+    assert kv.tail_length == len(QUERY) + 6
+    assert kv.nbytes == nbytes
+    assert kv.allocated_nbytes >= allocated + 4 * 2 * kv.tail_length * 2 * 8 * 4
+
+
+def test_compact_keeps_kept_turns():
+    kv = prefill()
+    logits(kv)
+    kv.compact()
+    assert all(layer.tail_keys is None for layer in kv.layers)
+    model_of().generate(QUERY, kv, update_cache=True, **GREEDY)
+    before = logits(kv)
+    kv.compact()
+    assert torch.equal(logits(kv), before)
+
+
+# -- crop, reorder, reset ----------------------------------------------------------------------------------------------
+
+
+def test_crop_takes_back_tail_tokens_only():
+    kv = prefill()
+    before = logits(kv)
+    with kv.scratch():
+        feed(kv, [9, 10, 11])
+        kv.crop(-3)
+        assert kv.get_seq_length() == kv.sealed_length
+        assert torch.equal(feed(kv, QUERY), before)
+        for tokens in (-6, 1, 5):
+            with pytest.raises(ValueError, match="cannot crop"):
+                kv.crop(tokens)
+        assert kv.tail_length == len(QUERY)
+    assert torch.equal(logits(kv), before)
+
+
+def test_a_crop_below_the_mark_does_not_lose_kept_turns():
+    """Kept turns stay, byte for byte, whatever is done inside scratch."""
+    kv = prefill()
+    model_of().generate(QUERY, kv, update_cache=True, **GREEDY)
+    before = logits(kv)
+    with kv.scratch():
+        feed(kv, [9, 10, 11])
+        with pytest.raises(ValueError, match="cannot crop by -4: expected -3 to 0"):
+            kv.crop(-4)
+        kv.crop(-3)
+        feed(kv, [9, 10, 11, 12, 13])
+    assert torch.equal(logits(kv), before)
+
+
+def test_reset_drops_the_tail_and_keeps_the_context():
+    kv = prefill()
+    before = logits(kv)
+    feed(kv, QUERY)
+    kv.reset()
+    assert torch.equal(logits(kv), before)
+
+
+@pytest.mark.parametrize("method", ["reorder_cache", "batch_repeat_interleave", "batch_select_indices"])
+def test_beam_methods_are_refused_by_name(method):
+    kv = prefill()
+    with pytest.raises(ValueError, match="beam search is not supported"):
+        getattr(kv, method)(torch.tensor([0]))
+
+
+# -- clones and devices ------------------------------------------------------------------------------------------------
+
+
+@both
+def test_a_clone_shares_the_store_and_nothing_else(name):
+    kv = prefill(name)
+    model_of(name).generate(QUERY, kv, update_cache=True, **GREEDY)
+    before = logits(kv, name)
+    clone = kv.clone()
+    assert torch.equal(logits(clone, name), before), "kept turns included"
+    assert clone.input_ids.tolist() == kv.input_ids.tolist()
+    for mine, theirs in zip(kv.context_layers, clone.context_layers, strict=True):
+        assert mine.store.keys.data_ptr() == theirs.store.keys.data_ptr()
+        assert mine.tail_keys.data_ptr() != theirs.tail_keys.data_ptr()
+    model_of(name).generate(ids(9, seed=4), clone, update_cache=True, **GREEDY)
+    clone.prune(0.1)
+    clone.set_scores("mine", torch.zeros_like(clone.scores))
+    clone.set_head_scores(torch.zeros(clone.scores.shape[:2]))
+    assert torch.equal(logits(kv, name), before)
+    assert kv.scorers == ("random",)
+    assert kv.head_scores is None
+    assert kv.level == "pair"
+    assert kv.pruned_with["ratio"] == 0.5
+    assert kv.ratio == pytest.approx(0.5, abs=0.01)
+    other = clone.clone()
+    kept = logits(clone, name)
+    feed(kv, ids(200, seed=5), name)
+    assert torch.equal(logits(clone, name), kept)
+    assert torch.equal(logits(other, name), kept)
+
+
+@both
+@pytest.mark.parametrize("kv_type", ["evict", "retain"])
+def test_to_and_back_is_the_same_kv(name, kv_type):
+    kv = prefill(name, kv_type=kv_type)
+    model_of(name).generate(QUERY, kv, update_cache=True, **GREEDY)
+    before = logits(kv, name)
+    for device in ("cpu", torch.device("cpu"), model_of(name).layer_devices):
+        moved = kv.to(device)
+        assert moved is not kv
+        assert torch.equal(logits(moved, name), before)
+    with pytest.raises(ValueError, match="2 devices for 4 layers"):
+        kv.to(["cpu", "cpu"])
+
+
+@both
+def test_a_kv_on_another_device_is_refused_and_says_how_to_move_it(name):
+    kv = prefill(name)
+    before = logits(kv, name)
+    with pytest.raises(ValueError, match=r"meta.*kv\.to"):
+        logits(kv.to("meta"), name)
+    assert torch.equal(logits(kv, name), before)
+
+
+def test_an_index_that_names_the_same_device_is_no_other_device():
+    """`cpu:0` and `cpu`, like `cuda` and `cuda:0`: where the tensors really are is what counts."""
+    kv = prefill()
+    assert torch.equal(logits(kv.to("cpu:0")), logits(kv))
+
+
+# -- what print shows --------------------------------------------------------------------------------------------------
+
+
+def test_repr_says_lengths_ratio_bytes_and_heads():
+    kv = model_of().prefill(CONTEXT, prefix_ids=PREFIX, scorer=["random", "knorm"])
+    assert "60 context tokens" in repr(kv)
+    assert "prefix 4" in repr(kv)
+    assert "random, knorm" in repr(kv)
+    assert "100.0%" in repr(kv)
+    keep = torch.ones(4, 2, 60, dtype=torch.bool)
+    keep[1, 0], keep[2] = False, False
+    kv.prune_to(keep)
+    text = repr(kv)
+    assert "62.5%" in text
+    assert "32.0 KiB" in text
+    assert f"{kv.nbytes / 1024:.1f} KiB" in text
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith("layer")]
+    assert [row[1:] for row in rows] == [
+        ["0", "██", "100%"],
+        ["1", "·█", "50%"],
+        ["2", "··", "0%"],
+        ["3", "██", "100%"],
+    ]
+    model_of().generate(QUERY, kv, update_cache=True, **GREEDY)
+    assert "11 of kept turns" in repr(kv)
+
+
+@pytest.mark.parametrize("first", [ContextLayer(BACKENDS["torch"]), SlidingLayer(16)], ids=["context", "sliding"])
+def test_a_kv_without_context_says_so(first, tmp_path):
+    kv = KVCache([first, ContextLayer(BACKENDS["torch"])])
+    assert "no context yet" in repr(kv)
+    for call in (lambda: kv.nbytes, lambda: kv.ratio, lambda: kv.prune(0.5), lambda: kv.save(tmp_path / "kv")):
+        with pytest.raises(ValueError, match=r"no context yet|no pair scores"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- recovery ----------------------------------------------------------------------------------------------------------
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@both
+@pytest.mark.parametrize("kept_turn", [False, True])
+@pytest.mark.parametrize("update_cache", [False, True])
+def test_ctrl_c_in_the_middle_layer_leaves_the_kv_as_it_was(name, kept_turn, update_cache):
+    """Layers before the interrupt have appended, those after have not; sliding windows have moved on."""
+    model, kv = model_of(name), prefill(name)
+    if kept_turn:
+        model.generate(QUERY, kv, update_cache=True, **GREEDY)
+    before, known = logits(kv, name), kv.input_ids.tolist()
+    answer = model.generate(QUERY, kv, **GREEDY).tolist()
+    for call in (
+        lambda: model.generate(ids(30, seed=6), kv, update_cache=update_cache, **GREEDY),
+        lambda: model(ids(30, seed=6), kv, update_cache=update_cache),
+        lambda: model.prefill(CONTEXT, scorer="random"),
+    ):
+        handle = model.model.base_model.layers[2].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        handle.remove()
+        assert torch.equal(logits(kv, name), before)
+    assert kv.input_ids.tolist() == known
+    assert kv.get_seq_length() == len(known)
+    assert model.generate(QUERY, kv, **GREEDY).tolist() == answer
+
+
+@both
+def test_scratch_drops_what_was_appended_and_keep_keeps_it(name):
+    kv = prefill(name)
+    before = logits(kv, name)
+    with kv.scratch():
+        feed(kv, ids(30, seed=6), name)
+    assert torch.equal(logits(kv, name), before)
+    with pytest.raises(IndexError), kv.scratch(keep=True):
+        feed(kv, [*ids(30, seed=6), 10**6], name)
+    handle = model_of(name).model.base_model.layers[2].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), kv.scratch(keep=True):
+        feed(kv, ids(30, seed=6), name)
+    handle.remove()
+    assert torch.equal(logits(kv, name), before)
+    with kv.scratch(keep=True):
+        first = feed(kv, QUERY, name)
+    assert torch.equal(first, before)
+    assert kv.tail_length == len(QUERY)
+
+
+def test_sliding_layers_hold_no_more_than_their_window():
+    """A window that is a view of a whole prefill chunk keeps the chunk in memory."""
+    kv = model_of("gemma3_text").prefill(ids(200, seed=9), scorer=None)
+    for layer in kv.layers:
+        if isinstance(layer, SlidingLayer):
+            assert layer.keys.shape[2] == 15
+            assert layer.keys.untyped_storage().nbytes() <= 16 * 2 * 8 * 4

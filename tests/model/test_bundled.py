@@ -1,0 +1,59 @@
+"""The bundled model: small, complete, answers held-out questions, and shows what pruning does."""
+
+import pytest
+
+from kvzip import ModelKVzip, data, head_scores
+from kvzip.model.loading import bundled_path
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ModelKVzip()
+
+
+def accuracy(model, ratio, *, scorer="kvzip", tokens=700, documents=3):
+    """Share of exact answers on held-out documents of every task."""
+    scores = []
+    for task in data.TASKS:
+        for seed in range(documents):
+            record = data.generate(
+                task, 500 + seed, split="test", tokens=tokens, count_tokens=model.tokenizer, num_questions=6
+            )
+            kv = model.prefill(record.context, scorer=scorer)
+            kv.prune(ratio)
+            for question, references in zip(record.questions, record.answers, strict=True):
+                answer = model.generate(question, kv, max_new_tokens=record.max_new_tokens)
+                scores.append(data.score(task, answer, references))
+    return sum(scores) / len(scores)
+
+
+def test_fits_in_16_megabytes_and_carries_its_card_and_log():
+    files = {path.name: path.stat().st_size for path in bundled_path().iterdir()}
+    assert files["model.safetensors"] <= 16e6
+    assert {"config.json", "tokenizer.json", "README.md", "train_log.jsonl"} <= set(files)
+
+
+def test_head_scores_are_shipped_and_belong_to_these_weights(model):
+    scores = head_scores.load("bundled")
+    assert scores.model_id == model.model_id["weights"]
+    kv = model.prefill("The red box holds 4417. " * 10, load_score=True)
+    assert kv.level == "head"
+    kv.prune(0.5)
+    assert set(kv.kv_len_per_head.flatten().tolist()) == {kv.prefix_length, kv.sealed_length}
+
+
+@pytest.mark.slow
+def test_answers_held_out_questions_with_the_full_cache_and_at_30_percent(model):
+    full, kept = accuracy(model, 1.0), accuracy(model, 0.3)
+    assert full >= 0.9
+    assert kept >= full - 0.1
+    assert accuracy(model, 0.3, scorer="random") < kept - 0.3
+
+
+def test_repeats_the_context_when_asked_as_kvzip_asks(model):
+    context = data.generate("facts", 9, split="test", tokens=200, count_tokens=model.tokenizer).context
+    kv = model.prefill(context, scorer=None)
+    repeated = model.generate("Repeat the previous context exactly.", kv, max_new_tokens=kv.context_length + 8)
+    want, got = model.encode(context), model.encode(repeated)
+    same = sum(a == b for a, b in zip(want, got, strict=False)) / len(want)
+    assert same >= 0.9

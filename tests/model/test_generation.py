@@ -1,0 +1,292 @@
+"""Generation over a kv is transformers' own: greedy, sampling, streaming, stopping; and what a query may be."""
+
+from functools import cache
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerFast
+from transformers.generation.streamers import BaseStreamer
+
+from kvzip import ModelKVzip
+from kvzip.model.prompting import INSTRUCTION
+from tests.tiny import build, ids
+
+SPECIAL = ["<pad>", "<s>", "<|end|>", "<|user|>", "<|assistant|>"]
+EOS, VOCAB = 2, 261
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CONTEXT, QUESTION = "Anna lives in Rome.\nBob keeps bees.", "Where does Anna live?"
+
+
+def byte_tokenizer(template=TEMPLATE):
+    """Bytes and five special tokens: every text has ids, and ids of pieces are pieces of ids."""
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>", pad_token="<pad>",
+        additional_special_tokens=SPECIAL[3:],
+    )  # fmt: skip
+    fast.chat_template = template
+    return fast
+
+
+@cache
+def model_of(name="llama", **changes):
+    return ModelKVzip.from_model(build(name, vocab_size=VOCAB, **changes), byte_tokenizer())
+
+
+def prefill(ratio=0.6):
+    kv = model_of().prefill(CONTEXT, scorer="random")
+    kv.prune(ratio)
+    return kv
+
+
+def rendered(*turns):
+    """Ids of the conversation as the chat template itself renders it, the first user turn opened by the context."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = byte_tokenizer().apply_chat_template(messages, tokenize=False)
+    return byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+
+class Script(LogitsProcessor):
+    """Makes the model say given ids, whatever it computes."""
+
+    def __init__(self, *tokens):
+        self.tokens, self.step = tokens, 0
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.tokens[min(self.step, len(self.tokens) - 1)]] = 0
+        self.step += 1
+        return forced
+
+
+def say(*tokens):
+    return {"logits_processor": [Script(*tokens)]}
+
+
+def answer_ids(query=QUESTION, kv=None, **options):
+    return (
+        model_of()
+        .generate(query, kv, return_ids=True, **{"max_new_tokens": 8, "eos_token_id": None, **options})
+        .tolist()
+    )
+
+
+# -- as transformers does it -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[7], [8, 9]]},
+    ],
+    ids=str,
+)
+def test_the_answer_is_that_of_stock_generation(options):
+    """Same seed, same tokens: from a full kv as from the whole prompt without any."""
+    model, kv = model_of(), model_of().prefill(CONTEXT, scorer=None)
+    prompt = torch.cat([kv.input_ids, torch.tensor(model.apply_template(QUESTION))])[None]
+    torch.manual_seed(3)
+    stock = model.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt),
+        **{"do_sample": False, "max_new_tokens": 30, "eos_token_id": None, "pad_token_id": 0, **options},
+    )  # fmt: skip
+    for _ in range(2):
+        torch.manual_seed(3)
+        assert answer_ids(kv=kv, max_new_tokens=30, **options) == stock[0, prompt.shape[1] :].tolist()
+
+
+def test_assisted_decoding_is_refused_with_sliding_layers():
+    """Stock transformers answers wrongly there when the cache was filled before."""
+    model = model_of("gemma3_text")
+    kv = model.prefill(CONTEXT, scorer=None)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens is not supported"):
+        model.generate(QUESTION, kv, prompt_lookup_num_tokens=3)
+
+
+def test_prompt_lookup_decoding_rolls_the_cache_back_by_itself():
+    """The greedy answer; the kv as before."""
+    model = model_of("llama")
+    kv = model.prefill(CONTEXT * 3, scorer="random")
+    kv.prune(0.7)
+    options = {"max_new_tokens": 20, "eos_token_id": None, "return_ids": True}
+    greedy, logits = model.generate(QUESTION, kv, **options).tolist(), model(ids(5), kv)
+    for _ in range(2):
+        assisted = model.generate(QUESTION, kv, prompt_lookup_num_tokens=3, **options)
+        assert assisted.tolist() == greedy
+        assert torch.equal(model(ids(5), kv), logits)
+        assert model.generate(QUESTION, kv, **options).tolist() == greedy
+
+
+def test_greedy_is_the_default_whatever_the_checkpoint_says(recwarn):
+    model = model_of()
+    old = model.model.generation_config
+    model.model.generation_config = GenerationConfig(do_sample=True, temperature=5.0, top_k=3, eos_token_id=EOS)
+    try:
+        kv = prefill()
+        assert answer_ids(kv=kv) == answer_ids(kv=kv)
+        model.model.generation_config = old
+        assert answer_ids(kv=kv) == answer_ids(kv=kv, do_sample=False)
+    finally:
+        model.model.generation_config = old
+    assert not [warning for warning in recwarn if "temperature" in str(warning.message)]
+
+
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_sees_every_token():
+    kv, streamer = prefill(), Collect()
+    answer = answer_ids(kv=kv, streamer=streamer)
+    assert streamer.ended
+    assert [token for put in streamer.tokens[1:] for token in put] == answer
+
+
+def test_stop_strings_need_no_tokenizer_argument():
+    model, kv = model_of(), prefill()
+    script = model.encode("one STOP two")
+    answer = model.generate(QUESTION, kv, stop_strings="STOP", max_new_tokens=12, **say(*script))
+    assert answer == "one STOP"
+
+
+def test_only_a_real_end_of_sequence_is_dropped():
+    kv = prefill()
+    assert answer_ids(kv=kv, eos_token_id=EOS, **say(10, 11, EOS)) == [10, 11]
+    assert answer_ids(kv=kv, eos_token_id=EOS, max_new_tokens=2, **say(10, 11, EOS)) == [10, 11]
+    assert answer_ids(kv=kv, eos_token_id=EOS, max_new_tokens=3, **say(10, 11, 12, EOS)) == [10, 11, 12]
+    assert answer_ids(kv=kv, eos_token_id=[9, EOS], **say(10, 9)) == [10]
+    assert answer_ids(kv=kv, eos_token_id=None, max_new_tokens=3, **say(10, EOS, EOS)) == [10, EOS, EOS]
+    assert answer_ids(kv=kv, eos_token_id=EOS, **say(EOS)) == []
+
+
+def test_text_has_no_special_tokens_and_ids_have_no_prompt():
+    model, kv = model_of(), prefill()
+    script = [*model.encode("Rome"), EOS]
+    assert model.generate(QUESTION, kv, eos_token_id=EOS, **say(*script)) == "Rome"
+    found = model.generate(QUESTION, kv, eos_token_id=EOS, return_ids=True, **say(*script))
+    assert found.dtype == torch.int64
+    assert found.tolist() == script[:-1]
+    without = ModelKVzip.from_model(build("llama", vocab_size=VOCAB), None)
+    assert isinstance(without.generate(ids(4), without.prefill(ids(20), scorer=None), max_new_tokens=2), torch.Tensor)
+
+
+# -- queries -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_form_of_a_query_gives_the_same_answer():
+    model, kv = model_of(), prefill()
+    tokens = model.apply_template(QUESTION)
+    assert tokens == model.encode(f"\n\n{QUESTION}<|end|>\n<|assistant|>\n")
+    expected = answer_ids(kv=kv)
+    message = {"role": "user", "content": QUESTION}
+    for query in (f"  {QUESTION}\n", tokens, tuple(tokens), torch.tensor(tokens), torch.tensor([tokens]), [message]):
+        assert answer_ids(query, kv) == expected
+
+
+def test_messages_are_turns_and_a_last_assistant_message_begins_the_answer():
+    model = model_of()
+    user = {"role": "user", "content": QUESTION}
+    begun = [user, {"role": "assistant", "content": "In R"}]
+    assert model.apply_template(begun) == model.apply_template(QUESTION) + model.encode("In R")
+    again = [*begun, {"role": "user", "content": "And Bob?"}]
+    turn = model.encode("<|end|>\n<|user|>\n\n\nAnd Bob?<|end|>\n<|assistant|>\n")
+    assert model.apply_template(again) == model.apply_template(begun) + turn
+
+
+def test_no_kv_means_no_context():
+    model = model_of()
+    tokens = rendered(("user", f"{INSTRUCTION}\n\n{QUESTION}"))
+    prompt = torch.tensor([[*tokens, *model.encode("<|assistant|>\n")]])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    stock = model.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    assert answer_ids(kv=None) == stock[0, prompt.shape[1] :].tolist()
+
+
+BAD_QUERIES = {
+    "empty text": "",
+    "white text": " \n ",
+    "empty list": [],
+    "empty tensor": torch.empty(0, dtype=torch.int64),
+    "two rows": torch.ones(2, 3, dtype=torch.int64),
+    "fractions": torch.ones(3),
+    "texts": ["a", "b"],
+    "bools": [True, False],
+    "none": None,
+    "number": 3,
+    "assistant first": [{"role": "assistant", "content": "x"}],
+    "twice user": [{"role": "user", "content": "x"}] * 2,
+    "system": [{"role": "system", "content": "x"}],
+    "no content": [{"role": "user"}],
+    "outside the vocabulary": [5, VOCAB],
+    "negative": [-1],
+    "too long for the positions": [5] * 512,
+}
+
+
+@pytest.mark.parametrize("with_kv", [True, False])
+@pytest.mark.parametrize("what", BAD_QUERIES)
+def test_a_bad_query_is_refused_and_changes_nothing(what, with_kv):
+    kv = prefill()
+    before = answer_ids(kv=kv)
+    for update_cache in (False, True) if with_kv else (False,):
+        with pytest.raises(ValueError, match=r"."):
+            model_of().generate(BAD_QUERIES[what], kv if with_kv else None, update_cache=update_cache, max_new_tokens=2)
+    assert answer_ids(kv=kv) == before
+    assert kv.get_seq_length() == len(kv.input_ids)
+
+
+@pytest.mark.parametrize("option", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_beams_and_several_sequences_are_refused_by_name(option):
+    kv = prefill()
+    before = answer_ids(kv=kv)
+    for options in (option, {"generation_config": GenerationConfig(**option)}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}=2"):
+            model_of().generate(QUESTION, kv, **options)
+    assert answer_ids(kv=kv) == before
+
+
+def test_a_kv_of_another_model_or_something_else_is_refused():
+    model, kv = model_of(), prefill()
+    others = {
+        "seed": ModelKVzip.from_model(build("llama", vocab_size=VOCAB, seed=1), byte_tokenizer()),
+        "tokenizer": ModelKVzip.from_model(build("llama", vocab_size=VOCAB), byte_tokenizer(TEMPLATE + " ")),
+        "architecture": ModelKVzip.from_model(build("qwen3", vocab_size=VOCAB), byte_tokenizer()),
+    }
+    for other in others.values():
+        with pytest.raises(ValueError, match="another model"):
+            other.generate(QUESTION, kv)
+        with pytest.raises(ValueError, match="another model"):
+            other([5], kv)
+    for wrong in ("kv", [1], model.model):
+        with pytest.raises(ValueError, match=type(wrong).__name__):
+            model.generate(QUESTION, wrong)
+
+
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+SAME_SHAPES = [("llama", HEADS), ("llama", {"rms_norm_eps": 0.5}), ("gemma2", {"attn_logit_softcapping": 1.0})]
+
+
+@pytest.mark.parametrize(("name", "changes"), SAME_SHAPES, ids=str)
+def test_the_same_weights_under_another_config_are_another_model(name, changes):
+    a, b = (ModelKVzip.from_model(build(name, **more), None) for more in ({}, changes))
+    with pytest.raises(ValueError, match="another model"):
+        b(ids(4), a.prefill(ids(20), scorer=None))

@@ -1,0 +1,45 @@
+"""What the documents show runs as shown."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvzip import ModelKVzip
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+def python_blocks(path):
+    """The Python code blocks of a Markdown file."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.DOTALL)
+
+
+def test_add_a_scorer_example_runs():
+    namespace = {"__name__": "valuenorm"}
+    exec(python_blocks("docs/add_a_scorer.md")[0], namespace)
+    model = ModelKVzip.from_model(tiny.build("llama"), None)
+    kv = model.prefill(tiny.ids(20), prefix_ids=[1], scorer=["valuenorm", namespace["ValueNorm"](p=2)][1])
+    expected = torch.stack([layer.store.values.view(2, 21, -1)[:, 1:].norm(dim=-1) ** 2 for layer in kv.context_layers])
+    torch.testing.assert_close(kv.scores, expected)
+    assert "valuenorm" in model.prefill(tiny.ids(20), scorer="valuenorm").scorers
+    assert abs(kv.prune(0.3).ratio - 0.3) < 0.01
+
+
+def test_readme_quick_start_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = python_blocks("README.md")
+    exec(code, {"__name__": "quick_start"})
+    printed = capsys.readouterr().out
+    assert "Lisbon" in printed.splitlines()[0]
+    assert "kept 30" in printed
+    assert (tmp_path / "ctx.safetensors").is_file()
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/architecture.md", "docs/add_a_scorer.md"])
+def test_links_lead_to_files(path):
+    text = (ROOT / path).read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert ((ROOT / path).parent / target).exists(), target
