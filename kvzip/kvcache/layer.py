@@ -8,22 +8,21 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvzip.attention import Backend, KVStates, LogicalLength, RaggedKV
+from kvzip.kvcache.tail import Tail, cloned
 
 Observer = Callable[["ContextLayer", nn.Module, Tensor, float, float | None], None]
-
-_FIRST_CAPACITY = 64
 
 
 class ContextLayer(CacheLayerMixin, KVStates):
     """Keys and values of one layer; returned by `update` in place of tensors.
 
-    Before `seal` every token goes to the tail, which `reserve` sizes for the whole context; `seal` turns the tail into
+    Before `seal` every token goes to the tail, which is reserved for the whole context; `seal` turns the tail into
     the context store without a copy. Afterwards the store is never written again, only replaced by `prune`.
 
     Attributes:
         context: the stored context, or None before `seal`.
         keep_mask: (num_key_value_heads, context_length) bool, True = kept; None = all.
-        tail_keys, tail_values: (1, num_key_value_heads, capacity, head_dim) buffers, `tail_length` of them in use.
+        tail: what comes after the context.
     """
 
     kind = "context"
@@ -38,12 +37,8 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.keep_mask: Tensor | None = None
         self.prefix_length = 0
         self.context_length = 0
-        self.tail_keys: Tensor | None = None
-        self.tail_values: Tensor | None = None
-        self.tail_length = 0
+        self.tail = Tail()
         self.observer: Observer | None = None
-        self._reserved = 0
-        self._floor = 0
 
     def __repr__(self) -> str:
         return f"ContextLayer(context={self.sealed_length}, tail={self.tail_length})"
@@ -72,11 +67,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
             raise ValueError(
                 f"the kv is on {self.device} but its layer computes on {key_states.device}; use kv.to(...)"
             )
-        start, stop = self.tail_length, self.tail_length + key_states.shape[-2]
-        self._grow(stop, key_states, value_states)
-        self.tail_keys[:, :, start:stop] = key_states  # type: ignore[index]
-        self.tail_values[:, :, start:stop] = value_states  # type: ignore[index]
-        self.tail_length = stop
+        self.tail.append(key_states, value_states)
         return self, self
 
     def get_seq_length(self) -> int:
@@ -97,14 +88,11 @@ class ContextLayer(CacheLayerMixin, KVStates):
         Raises:
             ValueError: positive, or more than the tail holds, or than was appended since `mark`.
         """
-        most = self.tail_length - self._floor
-        if not -most <= tokens_to_remove <= 0:
-            raise ValueError(f"cannot crop by {tokens_to_remove}: expected -{most} to 0, what was appended")
-        self.tail_length += tokens_to_remove
+        self.tail.crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Drop the tail, or what was appended since `mark`; the context stays."""
-        self.tail_length = self._floor
+        self.tail.length = self.tail.floor
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refuse: there is one sequence."""
@@ -131,7 +119,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
                 f"position {self.get_seq_length()} crosses the sliding window of {window} tokens that this layer was "
                 "treated as global within; shorten the context or max_new_tokens"
             )
-        output, lse = self.backend(query, self.context, *self.tail, scaling=scaling, softcap=softcap)
+        output, lse = self.backend(query, self.context, *self.tail.states, scaling=scaling, softcap=softcap)
         if sinks is not None:
             output = output * torch.sigmoid(lse - sinks.float()[None, :, None])[..., None]
         if self.observer is not None:
@@ -159,8 +147,8 @@ class ContextLayer(CacheLayerMixin, KVStates):
     @property
     def tail_nbytes(self) -> int:
         """Bytes of tail buffers and masks."""
-        tensors = (self.tail_keys, self.tail_values, self.keep_mask, self.store.mask)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        masks = (self.keep_mask, self.store.mask)
+        return self.tail.nbytes + sum(mask.nbytes for mask in masks if mask is not None)
 
     @property
     def sealed_length(self) -> int:
@@ -168,24 +156,16 @@ class ContextLayer(CacheLayerMixin, KVStates):
         return self.prefix_length + self.context_length
 
     @property
-    def tail(self) -> tuple[Tensor, Tensor]:
-        """Views of the tail's keys and values in use, (1, num_key_value_heads, tail_length, head_dim)."""
-        assert self.tail_keys is not None
-        assert self.tail_values is not None
-        return self.tail_keys[:, :, : self.tail_length], self.tail_values[:, :, : self.tail_length]
-
-    def reserve(self, capacity: int) -> None:
-        """Size the tail for `capacity` tokens when it is first needed."""
-        self._reserved = capacity
+    def tail_length(self) -> int:
+        """Tokens after the context."""
+        return self.tail.length
 
     def seal(self, prefix_length: int) -> None:
         """Turn the tail into the context store: `prefix_length` protected tokens, the rest is the context."""
-        keys, values = self.tail
-        heads, length = keys.shape[1], self.tail_length
+        keys, values = self.tail.take()
+        _, heads, length, _ = keys.shape
         self.context = RaggedKV(keys.reshape(heads * length, -1), values.reshape(heads * length, -1), (length,) * heads)
         self.prefix_length, self.context_length = prefix_length, length - prefix_length
-        self.tail_length = self._reserved = 0
-        self.compact()
 
     def prune(self, keep: Tensor, *, evict: bool) -> None:
         """Keep only what `keep` marks.
@@ -212,33 +192,30 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     def compact(self) -> None:
         """Give back the tail's memory where it is empty."""
-        if self.tail_length == 0:
-            self.tail_keys = self.tail_values = None
+        self.tail.compact()
 
     def mark(self) -> tuple[int, int]:
         """What `release` needs to bring the layer back; until then nothing before it can be cropped."""
-        mark = self.tail_length, self._floor
-        self._floor = self.tail_length
+        mark = self.tail.length, self.tail.floor
+        self.tail.floor = self.tail.length
         return mark
 
     def release(self, mark: Any, *, drop: bool) -> None:
         """End what `mark` began; with `drop`, be as it was then."""
-        length, self._floor = mark
+        length, self.tail.floor = mark
         if drop:
-            self.tail_length = length
+            self.tail.length = length
 
     def copy_tail(self) -> None:
         """Stop sharing the tail's buffers, which are written in place; the store may stay shared."""
-        if self.tail_keys is not None and self.tail_values is not None:
-            self.tail_keys, self.tail_values = self.tail_keys.clone(), self.tail_values.clone()
+        self.tail = cloned(self.tail)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `function(tensor)`."""
         mask = None if self.store.mask is None else function(self.store.mask)
         self.context = RaggedKV(function(self.store.keys), function(self.store.values), self.store.lengths, mask)
         self.keep_mask = None if self.keep_mask is None else function(self.keep_mask)
-        if self.tail_keys is not None and self.tail_values is not None:
-            self.tail_keys, self.tail_values = function(self.tail_keys), function(self.tail_values)
+        self.tail = self.tail.mapped(function)
         self.device = self.store.keys.device
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -247,7 +224,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
         if self.keep_mask is not None:
             tensors["keep_mask"] = self.keep_mask
         if self.tail_length:
-            tensors["tail_keys"], tensors["tail_values"] = self.tail
+            tensors["tail_keys"], tensors["tail_values"] = self.tail.states
         facts = {
             "lengths": list(self.store.lengths),
             "prefix_length": self.prefix_length,
@@ -279,8 +256,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
             assert self.keep_mask is not None
             self.mask_rows(self.keep_mask)
         if "tail_keys" in tensors:
-            self.tail_keys, self.tail_values = tensors["tail_keys"], tensors["tail_values"]
-            self.tail_length = self.tail_keys.shape[2]
+            self.tail.put(tensors["tail_keys"], tensors["tail_values"])
 
     def _with_prefix(self, keep: Tensor) -> Tensor:
         return torch.cat([keep.new_ones(keep.shape[0], self.prefix_length), keep], dim=1)
@@ -291,21 +267,3 @@ class ContextLayer(CacheLayerMixin, KVStates):
         if self.keep_mask is None or self.store.lengths == (self.sealed_length,) * heads:
             return torch.ones(heads, self.sealed_length, dtype=torch.bool, device=self.store.keys.device)
         return self._with_prefix(self.keep_mask)
-
-    def _grow(self, needed: int, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for `needed` tail tokens: the reserved size at first, then at least doubling."""
-        capacity = 0 if self.tail_keys is None else self.tail_keys.shape[2]
-        if needed <= capacity:
-            return
-        capacity = max(needed, self._reserved or max(_FIRST_CAPACITY, 2 * capacity))
-        old = (None, None) if self.tail_keys is None else self.tail
-        self.tail_keys, self.tail_values = (
-            _enlarged(states, tail, capacity) for states, tail in zip((key_states, value_states), old, strict=True)
-        )
-
-
-def _enlarged(states: Tensor, tail: Tensor | None, capacity: int) -> Tensor:
-    buffer = states.new_empty((1, states.shape[1], capacity, states.shape[3]))
-    if tail is not None:
-        buffer[:, :, : tail.shape[2]] = tail
-    return buffer

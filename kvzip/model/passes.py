@@ -31,7 +31,7 @@ def feed(model: PreTrainedModel, kv: KVCache, ids: Sequence[int]) -> None:
 def prefill(model: PreTrainedModel, kv: KVCache, ids: Sequence[int], prefix_length: int, chunk_size: int) -> None:
     """Fill the empty `kv` with `ids` (prefix and context), `chunk_size` tokens a pass, and seal it."""
     for layer in kv.context_layers:
-        layer.reserve(len(ids))
+        layer.tail.reserve(len(ids))
     for start in progress(range(0, len(ids), chunk_size), "prefill", len(ids)):
         feed(model, kv, ids[start : start + chunk_size])
     for layer in kv.context_layers:
@@ -64,7 +64,7 @@ def scoring_context(
         def observer(
             layer: ContextLayer, module: nn.Module, query: Tensor, scaling: float, softcap: float | None
         ) -> None:
-            keys, values = (states[0, :, -query.shape[2] :] for states in layer.tail)
+            keys, values = (states[0, :, -query.shape[2] :] for states in layer.tail.states)
             hidden = inputs.pop(module) if hidden_states else None
             row = rows[id(layer)]
             on_attention(AttentionCall(row, module, query[0], keys, values, scaling, softcap, hidden))

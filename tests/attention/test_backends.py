@@ -182,7 +182,7 @@ def test_sinks_take_part_in_the_softmax(backend, pruned):
     layer.update(states[0][:, :, 27:], states[1][:, :, 27:])
     query, sinks = random(9, 1, 8, 3, 8), random(10, 8)
     output = layer.attend(None, query, scaling=SCALING, sinks=sinks)
-    exact, _ = naive(query, layer.context, *layer.tail, sinks=sinks)
+    exact, _ = naive(query, layer.context, *layer.tail.states, sinks=sinks)
     assert output.shape == (1, 3, 8, 8)
     torch.testing.assert_close(output.transpose(1, 2).double(), exact, atol=2e-6, rtol=1e-5)
 

@@ -46,33 +46,33 @@ def test_the_tail_grows_by_doubling_and_copies_rarely():
     capacities, buffers = [], set()
     for i in range(1000):
         layer.update(states[:, :, i : i + 1], -states[:, :, i : i + 1])
-        capacities.append(layer.tail_keys.shape[2])
-        buffers.add(layer.tail_keys.shape[2])
+        capacities.append(layer.tail.capacity)
+        buffers.add(layer.tail.capacity)
         assert layer.tail_length == i + 1 <= capacities[-1]
     assert all(b in (a, 2 * a) for a, b in pairwise(capacities))
     assert len(buffers) <= 6
-    assert torch.equal(layer.tail[0], states)
-    assert torch.equal(layer.tail[1], -states)
+    assert torch.equal(layer.tail.states[0], states)
+    assert torch.equal(layer.tail.states[1], -states)
 
 
 def test_a_long_step_fits_at_once_and_a_reserve_is_exact():
     layer = ContextLayer(BACKENDS["reference"])
-    layer.reserve(300)
+    layer.tail.reserve(300)
     layer.update(torch.ones(1, 2, 7, 4), torch.ones(1, 2, 7, 4))
-    assert layer.tail_keys.shape[2] == 300
+    assert layer.tail.capacity == 300
     layer.update(torch.ones(1, 2, 293, 4), torch.ones(1, 2, 293, 4))
-    buffer = layer.tail_keys.data_ptr()
+    buffer = layer.tail.states[0].data_ptr()
     layer.seal(prefix_length=10)
     assert layer.store.keys.data_ptr() == buffer, "sealing a full reserve copies nothing"
     layer.update(torch.ones(1, 2, 500, 4), torch.ones(1, 2, 500, 4))
-    assert layer.tail_keys.shape[2] >= 500
+    assert layer.tail.capacity >= 500
 
 
 def test_tail_bytes_are_told_apart_from_context_bytes():
     kv = prefill()
     nbytes, allocated = kv.nbytes, kv.allocated_nbytes
     assert kv.tail_length == 0
-    assert all(layer.tail_keys is None for layer in kv.layers), "prefill and scoring leave no buffers"
+    assert all(layer.tail.nbytes == 0 for layer in kv.layers), "prefill and scoring leave no buffers"
     model_of().generate(QUERY, kv, update_cache=True, **GREEDY)
     assert kv.tail_length == len(QUERY) + 6
     assert kv.nbytes == nbytes
@@ -83,7 +83,7 @@ def test_compact_keeps_kept_turns():
     kv = prefill()
     logits(kv)
     kv.compact()
-    assert all(layer.tail_keys is None for layer in kv.layers)
+    assert all(layer.tail.nbytes == 0 for layer in kv.layers)
     model_of().generate(QUERY, kv, update_cache=True, **GREEDY)
     before = logits(kv)
     kv.compact()
@@ -150,7 +150,7 @@ def test_a_clone_shares_the_store_and_nothing_else(name):
     assert clone.input_ids.tolist() == kv.input_ids.tolist()
     for mine, theirs in zip(kv.context_layers, clone.context_layers, strict=True):
         assert mine.store.keys.data_ptr() == theirs.store.keys.data_ptr()
-        assert mine.tail_keys.data_ptr() != theirs.tail_keys.data_ptr()
+        assert mine.tail.states[0].data_ptr() != theirs.tail.states[0].data_ptr()
     model_of(name).generate(ids(9, seed=4), clone, update_cache=True, **GREEDY)
     clone.prune(0.1)
     clone.set_scores("mine", torch.zeros_like(clone.scores))

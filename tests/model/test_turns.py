@@ -43,27 +43,27 @@ def test_questions_between_kept_turns_do_not_touch_them():
     kv = prefill()
     answer_ids(kv=kv, update_cache=True)
     known, expected = kv.input_ids.tolist(), answer_ids("And Bob?", kv)
-    states = [[tensor.clone() for tensor in layer.tail] for layer in kv.layers]
+    states = [[tensor.clone() for tensor in layer.tail.states] for layer in kv.layers]
     for query in ("Something else?", "x" * 150, "And Bob?"):
         answer_ids(query, kv)
     assert answer_ids("And Bob?", kv) == expected
     assert kv.input_ids.tolist() == known
     for layer, (keys, values) in zip(kv.layers, states, strict=True):
-        assert torch.equal(layer.tail[0], keys)
-        assert torch.equal(layer.tail[1], values)
+        assert torch.equal(layer.tail.states[0], keys)
+        assert torch.equal(layer.tail.states[1], values)
 
 
 def test_pruning_after_a_kept_turn_touches_the_context_only():
     kv, once = prefill(1.0), prefill(0.4)
     answer_ids(kv=kv, update_cache=True)
-    states = [[tensor.clone() for tensor in layer.tail] for layer in kv.layers]
+    states = [[tensor.clone() for tensor in layer.tail.states] for layer in kv.layers]
     length = kv.tail_length
     kv.prune(0.4)
     assert torch.equal(kv.keep_mask, once.keep_mask)
     assert kv.tail_length == length
     for layer, (keys, values) in zip(kv.layers, states, strict=True):
-        assert torch.equal(layer.tail[0], keys)
-        assert torch.equal(layer.tail[1], values)
+        assert torch.equal(layer.tail.states[0], keys)
+        assert torch.equal(layer.tail.states[1], values)
 
 
 def test_an_unkept_question_is_forgotten():
