@@ -18,7 +18,7 @@ def heatmap_png(kv: KVCache, path: str | PathLike[str]) -> None:
     layers, heads = fractions.shape
     figure = Figure(figsize=(max(4.0, 1.5 + 0.45 * heads), max(2.5, 1.5 + 0.3 * layers)), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(fractions, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    image = axes.imshow(fractions.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set(xlabel="KV head", ylabel="layer", title=f"kept of {kv.context_length:,} tokens: {kv.ratio:.0%}")
     axes.set_xticks(range(heads))
     axes.set_yticks(range(layers), [str(index) for index in kv.layer_indices])

@@ -34,7 +34,7 @@ def test_readme_quick_start_runs(tmp_path, monkeypatch, capsys):
     exec(code, {"__name__": "quick_start"})
     printed = capsys.readouterr().out
     assert "Lisbon" in printed.splitlines()[0]
-    assert "kept 30" in printed
+    assert re.search(r"kept (29\.[5-9]|30\.\d)%", printed)
     assert (tmp_path / "ctx.safetensors").is_file()
 
 

@@ -16,9 +16,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "kvzip" / "head_scores" / "fi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="bundled", help="a name that ModelKVzip takes")
-    parser.add_argument(
-        "--text", type=Path, nargs="+", help="calibration texts (default: generated documents)"
-    )
+    parser.add_argument("--text", type=Path, nargs="+", help="calibration texts (default: generated documents)")
     parser.add_argument("--tokens", type=int, default=1000, help="length of a generated document")
     parser.add_argument("--out", type=Path, help="file to write (default: the shipped file of the model's name)")
     args = parser.parse_args()
@@ -32,9 +30,7 @@ def main() -> None:
             for task in exams.TASKS
             for seed in (1, 2)
         ]
-        described = (
-            f"generated, {args.tokens} tokens, tasks {', '.join(exams.TASKS)}, train split, seeds 1 2"
-        )
+        described = f"generated, {args.tokens} tokens, tasks {', '.join(exams.TASKS)}, train split, seeds 1 2"
     scores = model.compute_head_scores(texts, data=described)
     out = args.out or SHIPPED / f"{args.model}.json"
     scores.save(out)

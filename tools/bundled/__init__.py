@@ -1,0 +1,1 @@
+"""Training of the bundled model: tokenizer, samples, recipe and evaluation."""

@@ -1,0 +1,95 @@
+"""Architecture and curriculum of the bundled model."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from transformers import LlamaConfig
+
+from tools.bundled.samples import Sample, Sampler
+from tools.bundled.tokenizer import MAX_LENGTH, VOCAB_SIZE
+
+BETAS = (0.9, 0.98)
+WEIGHT_DECAY = 0.01
+CLIP = 1.0
+WARMUP_STEPS = 50
+DECAY_FROM = 0.7  # share of the time after which the learning rate falls, to FLOOR of its peak
+FLOOR = 0.05
+TASKS = ("facts", "facts", "kv", "passkey", "passkey")
+
+
+def model_config(pad: int, bos: int, eos: int) -> LlamaConfig:
+    """Return a 3.3 M parameter Llama: 4 layers, 8 query and 2 KV heads of 32."""
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        tie_word_embeddings=False,
+        initializer_range=0.06,
+        pad_token_id=pad,
+        bos_token_id=bos,
+        eos_token_id=eos,
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the curriculum.
+
+    Attributes:
+        lengths: sequence lengths are drawn between these (tokens), most of them in the upper half.
+        tokens: tokens a batch.
+        random: share of sequences that repeat random tokens.
+        repeats: share of sequences with a repeat prompt; questions take the rest.
+        rate: peak learning rate; answers need a lower one than induction.
+        period: (fewest, most) tokens of a random string.
+        until: mean accuracy over the tasks (answers, or tokens of repeats) at which the next stage begins.
+        share: share of the whole time after which the next stage begins at the latest.
+    """
+
+    name: str
+    lengths: tuple[int, int]
+    tokens: int = 4096
+    random: float = 0.05
+    repeats: float = 0.2
+    period: tuple[int, int] = (8, 64)
+    rate: float = 5e-4
+    until: float = 0.96
+    share: float = 1.0
+
+
+STAGES = (
+    Stage("induction", (96, 160), 2048, 1.0, 0.0, (8, 64), 1.5e-3, until=0.9),
+    Stage("gentle", (96, 256), 4096, 0.35, 0.4, (16, 128), 1.5e-3, until=0.85, share=0.1),
+    Stage("mix-224", (64, 224), 4096, until=0.85, share=0.45),
+    Stage("mix-384", (64, 384), 4096, until=0.9, share=0.62),
+    Stage("mix-768", (64, 768), 6144, until=0.93, share=0.75),
+    Stage("mix-1k", (64, 1200), 6144, until=0.95, share=0.87),
+    Stage("mix-2k", (64, 2300), 8192),
+)
+
+
+def batch(sampler: Sampler, stage: Stage, rng: random.Random) -> list[Sample]:
+    """Draw the samples of one step, all of about the same length."""
+    low, high = stage.lengths
+    length = rng.randint(low, high) if rng.random() < 0.35 else rng.randint((low + high) // 2, high)
+    samples = []
+    for _ in range(max(1, round(stage.tokens / length))):
+        kind = rng.random()
+        if kind < stage.random:
+            most = max(stage.period[0], min(stage.period[1], length // 2))
+            period = (stage.period[0], most)
+            samples.append(sampler.random_repeat(rng, min(length, 512), period=period))
+        elif kind < stage.random + stage.repeats:
+            samples.append(sampler.repeat(rng, length, partial=length > 1400 or rng.random() < 0.5))
+        else:
+            most = max(1, min(24, length // 16))
+            samples.append(sampler.questions(rng, rng.choice(TASKS), length, rng.randint(1, most)))
+    return samples

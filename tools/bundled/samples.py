@@ -1,0 +1,159 @@
+"""Training sequences: token ids with labels on what the model has to answer or copy."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from kvzip.data import TASKS, generate
+from kvzip.data.filler import sentence
+from kvzip.data.words import Split
+from tools.bundled.tokenizer import ASSISTANT, BOS, END, SPECIALS, SYSTEM, USER
+
+IGNORE = -100
+INSTRUCTION = "Answer the questions from the context below.\n\n"
+REPEAT_ALL = "\n\nRepeat the previous context exactly."
+REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting with "
+ANCHOR = 8
+SMALLEST = 64  # tokens: any one fact, pair or needle fits
+SYSTEM_TEXTS = ("You are a helpful assistant.", "Answer briefly.", "You answer questions about a text.")
+COPY_WEIGHT = 0.25
+QA_TASKS = tuple(sorted(TASKS))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence: `ids`, `labels` (the id itself where supervised, else IGNORE), both of equal length."""
+
+    ids: list[int]
+    labels: list[int]
+    weight: float
+    task: str
+
+
+@dataclass
+class Sampler:
+    """Draws samples of a given length; everything follows from the generator passed in.
+
+    Attributes:
+        sentences: essay sentences used as filler besides generated ones.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    sentences: Sequence[str]
+    split: Split = "train"
+
+    def __post_init__(self) -> None:
+        self._encode = self.tokenizer.backend_tokenizer.encode
+        self.encode = lru_cache(maxsize=200_000)(self._ids)
+        self.count = lru_cache(maxsize=200_000)(lambda text: len(self._ids(text)))
+        self.suffix = self._ids(END + ASSISTANT)
+        self.end = self._ids(END)
+        self.vocab_size = len(self.tokenizer)
+
+    def _ids(self, text: str) -> list[int]:
+        return self._encode(text, add_special_tokens=False).ids
+
+    def prefix(self, rng: random.Random) -> list[int]:
+        """Return the ids before a context, now and then with a system turn."""
+        if rng.random() < 0.1:
+            start = self._ids(BOS + SYSTEM) + self._ids(rng.choice(SYSTEM_TEXTS)) + self._ids(END + USER)
+        else:
+            start = self._ids(BOS + USER)
+        return start + self._ids(INSTRUCTION)
+
+    def filler(self, rng: random.Random) -> Sequence[str] | None:
+        """Return essay sentences to be used as filler, or None for generated ones."""
+        return self.sentences if self.sentences and rng.random() < 0.4 else None
+
+    def questions(self, rng: random.Random, task: str, length: int, num_questions: int) -> Sample:
+        """Ask several questions, turn by turn, about one context; about `length` tokens in all."""
+        room = max(SMALLEST, length - 18 - 24 * num_questions)
+        options: dict[str, Any] = {} if task == "kv" else {"filler": self.filler(rng)}
+        if task == "facts" and self.split == "train":
+            options["density"] = 1.0 if rng.random() < 0.4 else rng.uniform(0.1, 1.0)
+        elif task == "passkey" and self.split == "train":
+            options["num_needles"] = rng.choice((1, 4, 8, 16, 24))
+        record = generate(
+            task, rng.getrandbits(40), split=self.split, tokens=room, count_tokens=self.count,
+            num_questions=num_questions, **options,
+        )  # fmt: skip
+        ids = self.prefix(rng) + self._ids(record.context)
+        labels = [IGNORE] * len(ids)
+        for turn, (question, references) in enumerate(zip(record.questions, record.answers, strict=True)):
+            query = (self._ids(USER) if turn else []) + self._ids("\n\n" + question) + self.suffix
+            answer = self._ids(references[0]) + self.end
+            if len(ids) + len(query) + len(answer) > length and turn:
+                break
+            ids += query + answer
+            labels += [IGNORE] * len(query) + answer
+        return Sample(ids, labels, 1.0, task)
+
+    def text(self, rng: random.Random, tokens: int) -> list[int]:
+        """Return the ids of some context of at most `tokens` tokens: a record's, essay or noise sentences."""
+        kind = rng.random()
+        if kind < 0.5 and tokens >= SMALLEST:
+            task = rng.choice(QA_TASKS)
+            options: dict[str, Any] = {} if task == "kv" else {"filler": self.filler(rng)}
+            record = generate(
+                task, rng.getrandbits(40), split=self.split, tokens=tokens, count_tokens=self.count, **options
+            )
+            return self._ids(record.context)[:tokens]
+        if kind < 0.6:
+            return [self.random_id(rng) for _ in range(tokens)]
+        ids: list[int] = []
+        start = rng.randrange(len(self.sentences)) if self.sentences and kind < 0.85 else -1
+        while len(ids) < tokens:
+            line = self.sentences[start % len(self.sentences)] if start >= 0 else sentence(rng)
+            start += start >= 0
+            ids += self._ids(line + " ")
+        return ids[:tokens]
+
+    def repeat(self, rng: random.Random, length: int, *, partial: bool) -> Sample:
+        """Repeat the whole context, or a part of it from a random offset, as KVzip's prompts ask."""
+        prefix = self.prefix(rng)
+        room = length - len(prefix) - 42
+        if not partial:
+            context = self.text(rng, max(16, room // 2))
+            query, copy = self._ids(REPEAT_ALL), context + self.end
+        else:
+            size = min(rng.randint(64, 400), max(16, room // 3))
+            context = self.text(rng, max(32, room - size))
+            offset = rng.randint(min(ANCHOR, len(context) - 1), max(ANCHOR, len(context) - size))
+            copy = context[offset : offset + size]
+            query = self._ids(REPEAT_FROM) + context[max(0, offset - ANCHOR) : offset]
+        ask = prefix + context + query + self.suffix
+        labels = [IGNORE] * len(ask) + copy
+        return Sample(ask + copy, labels, COPY_WEIGHT, "repeat_part" if partial else "repeat_all")
+
+    def random_id(self, rng: random.Random) -> int:
+        """Draw any id but those of special tokens."""
+        return rng.randrange(len(SPECIALS), self.vocab_size)
+
+    def random_repeat(self, rng: random.Random, length: int, *, period: tuple[int, int]) -> Sample:
+        """Repeat a string of random tokens again and again; everything but the first time is supervised.
+
+        Args:
+            period: the string's (fewest, most) tokens.
+        """
+        size = rng.randint(*period)
+        string = [self.random_id(rng) for _ in range(size)]
+        sequence = (string * (length // size + 1))[:length]
+        return Sample(sequence, [IGNORE] * size + sequence[size:], COPY_WEIGHT, "random")
+
+
+def split_sentences(texts: Sequence[str], most: int = 400) -> list[str]:
+    """Split texts into sentences of at most `most` characters, white space folded."""
+    found = []
+    for text in texts:
+        for line in re.split(r"(?<=[.!?])\s+|\n{2,}", text):
+            line = " ".join(line.split())
+            if 3 < len(line) <= most:
+                found.append(line)
+    return found
