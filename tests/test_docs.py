@@ -1,6 +1,7 @@
 """What the documents show runs as shown."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,9 @@ def test_links_lead_to_files(path):
     text = (ROOT / path).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert ((ROOT / path).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_run(path, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.count("\n") >= 3
