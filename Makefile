@@ -42,7 +42,7 @@ wheel: install
 
 # Trains the bundled model again (goes on from checkpoints/ if there are any), and measures it.
 train: install
-	$(PY) -m tools.train_bundled
+	$(PY) -m tools.train_bundled --workers 2
 
 measure: install
 	$(PY) -m tools.measure_bundled

@@ -1,4 +1,4 @@
-"""Train the bundled model: `python -m tools.train_bundled --max-minutes 110`.
+"""Train the bundled model: `python -m tools.train_bundled --max-minutes 74 --workers 2`.
 
 The same command goes on from the last checkpoint; `--fresh` starts again. Runs on a GPU where there is one.
 """
@@ -161,6 +161,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = State(**saved["state"])
+    elif args.start is not None:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.start).state_dict())
+        state.stage = next(i for i, stage in enumerate(recipe.STAGES) if stage.name == args.stage)
 
     last, saved_at = time.monotonic(), time.monotonic()
     while state.minutes < args.max_minutes:
@@ -224,7 +227,7 @@ def write(log: Path, entry: dict[str, object]) -> None:
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--max-minutes", type=float, default=110.0, help="time to train, over all runs")
+    parser.add_argument("--max-minutes", type=float, default=74.0, help="time to train, over all runs")
     parser.add_argument("--out", type=Path, default=ROOT / "kvzip" / "model" / "bundled")
     parser.add_argument("--checkpoints", type=Path, default=ROOT / "checkpoints")
     essays = ROOT.parent / "shared" / "data" / "niah" / "PaulGrahamEssays"
@@ -234,6 +237,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads a process")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 1024, 2048])
     parser.add_argument("--samples", type=int, default=100, help="evaluation samples a task and length")
+    parser.add_argument(
+        "--start", type=Path, metavar="DIR", help="exported weights to start from, without a checkpoint"
+    )
+    stages = [stage.name for stage in recipe.STAGES]
+    parser.add_argument("--stage", choices=stages, default="mix-768", help="where --start begins (default mix-768)")
     parser.add_argument("--fresh", action="store_true", help="ignore checkpoints")
     parser.add_argument("--tokenizer-only", action="store_true", help="train the tokenizer and stop")
     parser.add_argument("--export", action="store_true", help="evaluate and export the last checkpoint")
@@ -243,7 +251,11 @@ def main() -> None:
             (args.checkpoints / name).unlink(missing_ok=True)
     if args.fresh or not (args.checkpoints / "tokenizer" / "tokenizer.json").exists():
         args.checkpoints.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(read_texts(args.text), args.seed).save_pretrained(args.checkpoints / "tokenizer")
+        if args.start is not None:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start)
+        else:
+            tokenizer = train_tokenizer(read_texts(args.text), args.seed)
+        tokenizer.save_pretrained(args.checkpoints / "tokenizer")
     if args.tokenizer_only:
         return
     if not args.export:

@@ -14,13 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from kvzip.data import TASKS, generate
 from kvzip.data.filler import sentence
 from kvzip.data.words import Split
+from kvzip.model.prompting import INSTRUCTION
+from kvzip.scoring.reconstruction import FIRST_PROMPT, NEXT_PROMPT, OVERLAP
 from tools.bundled.tokenizer import ASSISTANT, BOS, END, SPECIALS, SYSTEM, USER
 
 IGNORE = -100
-INSTRUCTION = "Answer the questions from the context below.\n\n"
-REPEAT_ALL = "\n\nRepeat the previous context exactly."
-REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting with "
-ANCHOR = 8
 SMALLEST = 64  # tokens: any one fact, pair or needle fits
 SYSTEM_TEXTS = ("You are a helpful assistant.", "Answer briefly.", "You answer questions about a text.")
 COPY_WEIGHT = 0.25
@@ -121,13 +119,13 @@ class Sampler:
         room = length - len(prefix) - 42
         if not partial:
             context = self.text(rng, max(16, room // 2))
-            query, copy = self._ids(REPEAT_ALL), context + self.end
+            query, copy = self._ids(FIRST_PROMPT), context + self.end
         else:
             size = min(rng.randint(64, 400), max(16, room // 3))
             context = self.text(rng, max(32, room - size))
-            offset = rng.randint(min(ANCHOR, len(context) - 1), max(ANCHOR, len(context) - size))
+            offset = rng.randint(min(OVERLAP, len(context) - 1), max(OVERLAP, len(context) - size))
             copy = context[offset : offset + size]
-            query = self._ids(REPEAT_FROM) + context[max(0, offset - ANCHOR) : offset]
+            query = self._ids(NEXT_PROMPT) + context[max(0, offset - OVERLAP) : offset]
         ask = prefix + context + query + self.suffix
         labels = [IGNORE] * len(ask) + copy
         return Sample(ask + copy, labels, COPY_WEIGHT, "repeat_part" if partial else "repeat_all")
