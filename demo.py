@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Show kvzip: compress one document, ask several questions, compare with the full cache and with no document at all.
 
-Without arguments: the bundled model reads a generated document of facts, keeps 30 % of its KV pairs and answers.
+Without arguments: the bundled model reads a generated document of keys and values, keeps 30 % of its KV pairs and
+answers.
 """
 
 import argparse
@@ -44,7 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="QUESTION",
         help="what to ask (default: questions about the generated document)",
     )
-    parser.add_argument("--tokens", type=int, default=1000, help="length of the generated document (default 1000)")
+    parser.add_argument("--exam", choices=data.TASKS, default="kv", help="kind of generated document (default kv)")
+    parser.add_argument("--tokens", type=int, default=250, help="length of the generated document (default 250)")
     parser.add_argument("--seed", type=int, default=7, help="of the generated document (default 7)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default 64)")
     parser.add_argument(
@@ -86,7 +88,7 @@ def document(args: argparse.Namespace, model: ModelKVzip) -> tuple[str, list[str
             raise ValueError("--context needs --questions: what should be asked of it?")
         return text, args.questions, None
     record = data.generate(
-        "facts", args.seed, split="test", tokens=args.tokens, count_tokens=model.tokenizer, num_questions=6
+        args.exam, args.seed, split="test", tokens=args.tokens, count_tokens=model.tokenizer, num_questions=6
     )
     return record.context, args.questions or record.questions, None if args.questions else record.answers
 
@@ -108,19 +110,19 @@ def compress(args: argparse.Namespace, model: ModelKVzip, context: str) -> tuple
     return kv, pruned, lines
 
 
-def show(questions: list[str], columns: dict[str, Answers], right: list[list[str]] | None) -> None:
+def show(exam: str, questions: list[str], columns: dict[str, Answers], right: list[list[str]] | None) -> None:
     """Print the answers side by side."""
     for i, question in enumerate(questions):
         print(f"\nQ: {question}" + (f"   [{right[i][0]}]" if right else ""))
         for name, answers in columns.items():
             mark = ""
             if right:
-                mark = "✓ " if data.score("facts", answers.texts[i], right[i]) == 1 else "✗ "
+                mark = "✓ " if data.score(exam, answers.texts[i], right[i]) == 1 else "✗ "
             print(f"   {name:<12} {mark}{answers.texts[i]!r}")
     print("\nms per token: " + ", ".join(f"{name} {answers.ms_per_token:.1f}" for name, answers in columns.items()))
     if right:
         counts = {
-            name: sum(data.score("facts", text, right[i]) == 1 for i, text in enumerate(answers.texts))
+            name: sum(data.score(exam, text, right[i]) == 1 for i, text in enumerate(answers.texts))
             for name, answers in columns.items()
         }
         print("right answers: " + ", ".join(f"{name} {count}/{len(questions)}" for name, count in counts.items()))
@@ -143,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
             heatmap_png(pruned, args.out / "heatmap.png")
             shaded_html(pruned, args.out / "kept.html", model.decode)
     columns["no document"] = ask(model, questions, None, args.max_new_tokens)
-    show(questions, columns, right)
+    show(args.exam, questions, columns, right)
     if args.method.startswith("kvzip"):
         print(f"pictures: {args.out / 'heatmap.png'}, {args.out / 'kept.html'}")
 

@@ -18,7 +18,7 @@ def run(*arguments, capsys):
 
 
 def test_defaults_answer_from_the_pruned_cache_and_draw_pictures(tmp_path, capsys):
-    printed = run("--out", str(tmp_path / "pictures"), "--tokens", "400", capsys=capsys)
+    printed = run("--out", str(tmp_path / "pictures"), "--tokens", "400", "--exam", "facts", capsys=capsys)
     for column in ("full", "kept 30%", "no document", "KV cache", "prefill", "scoring", "ms per token"):
         assert column in printed
     assert (tmp_path / "pictures" / "heatmap.png").read_bytes().startswith(b"\x89PNG")
