@@ -34,7 +34,8 @@ def generate(
     """
     history = model.prompting.prefix_ids() if kv is None else kv.input_ids.tolist()
     closing = model.prompting.between_ids if keep and close_turn else []
-    options = _options(model, kwargs, kv, len(history) + len(query_ids), len(closing))
+    # Positions beside the answer's own: those of a kept turn's end; without one, the last new token is never fed.
+    options = _options(model, kwargs, kv, len(history) + len(query_ids), len(closing) if keep else -1)
     if kv is None:
         return _run(model, history + query_ids, options)
     start = len(history)
@@ -88,16 +89,13 @@ def _options(
 
 
 def _room(model: ModelKVzip, length: int, closing: int) -> int | None:
-    """New tokens that fit after `length` tokens and before the end of a kept turn; None = no limit.
-
-    The last new token of a turn that is not kept is never fed and needs no position.
-    """
+    """New tokens that fit after `length` tokens and before `closing` more; None = no limit."""
     if model.max_positions is None:
         return None
-    room = model.max_positions - length + (-closing if closing else 1)
+    room = model.max_positions - length - closing
     if room < 1:
         raise ValueError(
-            f"prompt and turn have {length + closing} tokens, which leaves no room for an answer in the "
+            f"prompt and turn have {length + max(0, closing)} tokens, which leaves no room for an answer in the "
             f"{model.max_positions} positions of {model.name}"
         )
     return room

@@ -290,3 +290,14 @@ def test_the_same_weights_under_another_config_are_another_model(name, changes):
     a, b = (ModelKVzip.from_model(build(name, **more), None) for more in ({}, changes))
     with pytest.raises(ValueError, match="another model"):
         b(ids(4), a.prefill(ids(20), scorer=None))
+
+
+def test_a_kept_turn_of_ids_needs_a_position_for_its_last_token_too():
+    """Learned positions end: what fits is kept, one token more is refused before anything runs."""
+    model = ModelKVzip.from_model(build("gpt2", n_positions=40, max_position_embeddings=40), None)
+    kv = model.prefill(ids(20), prefix_ids=[1], scorer=None)
+    with pytest.raises(ValueError, match="max_new_tokens=15 exceeds the 14 positions"):
+        model.generate(ids(5), kv, update_cache=True, max_new_tokens=15, eos_token_id=None)
+    assert len(model.generate(ids(5), kv.clone(), max_new_tokens=15, eos_token_id=None)) == 15
+    model.generate(ids(5), kv, update_cache=True, max_new_tokens=14, eos_token_id=None)
+    assert kv.get_seq_length() == 40
