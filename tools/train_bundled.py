@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizer
 
 from tools.bundled import recipe
 from tools.bundled.evaluate import evaluate, pack, whole_answers
-from tools.bundled.init import initialize
+from tools.bundled.init import initialize, load_grown
 from tools.bundled.parallel import average_gradients, gather, launch
 from tools.bundled.samples import IGNORE, QA_TASKS, Sample, Sampler, split_sentences
 from tools.bundled.tokenizer import read_texts, train_tokenizer
@@ -100,7 +100,7 @@ def advance(state: State, max_minutes: float) -> bool:
     if state.stage + 1 == len(recipe.STAGES) or state.stage_step < 40:
         return False
     tasks = [value for name, value in state.accuracy.items() if name != "loss"]
-    if sum(tasks) / len(tasks) < stage.until and state.minutes < stage.share * max_minutes:
+    if min(tasks, default=0.0) < stage.until and state.minutes < stage.share * max_minutes:
         return False
     state.stage += 1
     state.stage_step = 0
@@ -138,7 +138,7 @@ def observe(state: State, results: list[tuple[dict[str, list[float]], int, float
             total[0] += good
             total[1] += count
     for name, (good, count) in totals.items():
-        old = state.accuracy.get(name, 0.0 if name != "loss" else good / count)
+        old = state.accuracy.get(name, good / count)
         state.accuracy[name] = SMOOTH * old + (1 - SMOOTH) * good / count
     state.step += 1
     state.stage_step += 1
@@ -162,13 +162,13 @@ def train(rank: int, args: argparse.Namespace) -> None:
         optimizer.load_state_dict(saved["optimizer"])
         state = State(**saved["state"])
     elif args.start is not None:
-        model.load_state_dict(LlamaForCausalLM.from_pretrained(args.start).state_dict())
+        load_grown(model, LlamaForCausalLM.from_pretrained(args.start))
         state.stage = next(i for i, stage in enumerate(recipe.STAGES) if stage.name == args.stage)
 
     last, saved_at = time.monotonic(), time.monotonic()
     while state.minutes < args.max_minutes:
         rng = random.Random(f"{args.seed}/{state.step}/{rank}")
-        samples = recipe.batch(sampler, recipe.STAGES[state.stage], rng)
+        samples = recipe.batch(sampler, recipe.STAGES[state.stage], rng, state.accuracy)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state, args.max_minutes)
         found = train_step(model, samples, device)

@@ -4,12 +4,14 @@ Every backend in Python is this split with its own block function. Rows: query h
 i become row g * q_len + i of KV head k (GQA packing), so each key and value is read once for its G query heads.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvzip.attention.ragged import RaggedKV
+from kvzip.attention.ragged import RaggedKV, TailKV
 
 
 class Block(Protocol):
@@ -29,13 +31,14 @@ class Block(Protocol):
         """Attend.
 
         Args:
-            rows: (1, heads, rows, head_dim).
-            keys: (1, heads, kv_len, head_dim), kv_len > 0; values: (1, heads, kv_len, v_head_dim).
-            mask: (heads, kv_len) bool, True = visible.
+            rows: (batch, heads, rows, head_dim).
+            keys: (batch, heads, kv_len, head_dim), kv_len > 0; values: (batch, heads, kv_len, v_head_dim).
+            mask: (heads, kv_len) bool, True = visible; only with a batch of 1.
             causal: the rows are G x kv_len, and row g * kv_len + i sees keys 0..i.
 
         Returns:
-            output (1, heads, rows, v_head_dim) and log-sum-exp (1, heads, rows), float32; -inf where nothing is seen.
+            output (batch, heads, rows, v_head_dim) and log-sum-exp (batch, heads, rows), float32; -inf where nothing is
+            seen.
         """
 
 
@@ -46,38 +49,106 @@ def merge(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> t
     return output_a * (lse_a - pivot).exp()[..., None] + output_b * (lse_b - pivot).exp()[..., None], lse
 
 
+class Ragged(Protocol):
+    """Attention of packed rows over a whole ragged context."""
+
+    def __call__(
+        self, rows: Tensor, context: RaggedKV, *, scaling: float, softcap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            rows: (1, num_key_value_heads, rows, head_dim).
+
+        Returns:
+            output (1, num_key_value_heads, rows, v_head_dim) and log-sum-exp (1, num_key_value_heads, rows), float32.
+        """
+
+
+def attend_ragged(
+    block: Block, rows: Tensor, context: RaggedKV, *, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """`Ragged` by dense blocks: heads of equal length together, else one after the other."""
+    _, num_kv_heads, num_rows, _ = rows.shape
+    output = rows.new_zeros((1, num_kv_heads, num_rows, context.values.shape[1]), dtype=torch.float32)
+    lse = rows.new_full((1, num_kv_heads, num_rows), -torch.inf, dtype=torch.float32)
+    for heads, keys, values, mask in context.blocks():
+        partial = block(rows[:, heads], keys, values, scaling=scaling, softcap=softcap, mask=mask, causal=False)
+        if keys.shape[1] == num_kv_heads:
+            return partial
+        output[:, heads], lse[:, heads] = partial
+    return output, lse
+
+
 def attend_blocks(
     block: Block,
     query: Tensor,
     context: RaggedKV | None,
-    tail_keys: Tensor,
-    tail_values: Tensor,
+    tail: TailKV,
     *,
     scaling: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
+    ragged: Ragged | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend over context and tail with `block` doing the dense pieces; the contract is `backends.Backend`'s."""
-    _, num_heads, q_len, head_dim = query.shape
-    _, num_kv_heads, tail_len, v_head_dim = tail_values.shape
-    rows = query.reshape(1, num_kv_heads, (num_heads // num_kv_heads) * q_len, head_dim)
-    past = tail_len - q_len
+    """Attend over context and tail with `block` doing the dense pieces; the contract is `backends.Backend`'s.
+
+    Args:
+        ragged: does the context; None = `block` does, piece by piece.
+    """
+    batch, num_heads, q_len, _ = query.shape
+    num_kv_heads = tail.keys.shape[1]
+    grouped = query.reshape(batch, num_kv_heads, (num_heads // num_kv_heads) * q_len, -1)
+    if tail.skip is None:
+        output, lse = _attend_tail(block, grouped, *tail.used(), q_len, scaling=scaling, softcap=softcap)
+    else:
+        rows = [
+            _attend_padded(block, one, keys, values, q_len, span, scaling=scaling, softcap=softcap)
+            for one, keys, values, span in zip(grouped, *tail.used(), tail.skip.tolist(), strict=True)
+        ]
+        output, lse = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    if context is not None:
+        packed = grouped.transpose(0, 1).flatten(1, 2)[None]
+        whole = partial(attend_ragged, block) if ragged is None else ragged
+        found, found_lse = whole(packed, context, scaling=scaling, softcap=softcap)
+        found = found.view(num_kv_heads, batch, -1, found.shape[-1]).transpose(0, 1)
+        output, lse = merge(output, lse, found, found_lse.view(num_kv_heads, batch, -1).transpose(0, 1))
+    output, lse = output.reshape(batch, num_heads, q_len, -1), lse.reshape(batch, num_heads, q_len)
+    if sinks is not None:
+        output = output * torch.sigmoid(lse - sinks.float()[None, :, None])[..., None]
+    return output.to(query.dtype).transpose(1, 2).contiguous(), lse
+
+
+def _attend_tail(
+    block: Block, rows: Tensor, keys: Tensor, values: Tensor, q_len: int, *, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    past = keys.shape[2] - q_len
     # A single query token sees the whole tail: no causal block, and one block less.
     if q_len == 1:
-        output, lse = block(rows, tail_keys, tail_values, scaling=scaling, softcap=softcap, mask=None, causal=False)
-    else:
-        own = tail_keys[:, :, past:], tail_values[:, :, past:]
-        output, lse = block(rows, *own, scaling=scaling, softcap=softcap, mask=None, causal=True)
-        if past:
-            seen = tail_keys[:, :, :past], tail_values[:, :, :past]
-            partial = block(rows, *seen, scaling=scaling, softcap=softcap, mask=None, causal=False)
-            output, lse = merge(output, lse, *partial)
-    if context is not None:
-        context_output, context_lse = torch.zeros_like(output), torch.full_like(lse, -torch.inf)
-        for heads, keys, values, mask in context.blocks():
-            partial = block(rows[:, heads], keys, values, scaling=scaling, softcap=softcap, mask=mask, causal=False)
-            if keys.shape[1] == num_kv_heads:
-                context_output, context_lse = partial
-            else:
-                context_output[:, heads], context_lse[:, heads] = partial
-        output, lse = merge(output, lse, context_output, context_lse)
-    return output.reshape(1, num_heads, q_len, v_head_dim), lse.reshape(1, num_heads, q_len)
+        return block(rows, keys, values, scaling=scaling, softcap=softcap, mask=None, causal=False)
+    own = keys[:, :, past:], values[:, :, past:]
+    output, lse = block(rows, *own, scaling=scaling, softcap=softcap, mask=None, causal=True)
+    if past:
+        seen = keys[:, :, :past], values[:, :, :past]
+        found = block(rows, *seen, scaling=scaling, softcap=softcap, mask=None, causal=False)
+        output, lse = merge(output, lse, *found)
+    return output, lse
+
+
+def _attend_padded(
+    block: Block, rows: Tensor, keys: Tensor, values: Tensor, q_len: int, span: Sequence[int], *, scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One batch row whose keys `span` are padding; query rows that are padding themselves get zeros and -inf."""
+    start, stop = span
+    pads = max(0, stop - max(start, keys.shape[1] - q_len))
+    keys, values = (torch.cat([states[:, :start], states[:, stop:]], dim=1)[None] for states in (keys, values))
+    heads, num_rows, head_dim = rows.shape
+    real = rows.view(heads, -1, q_len, head_dim)[:, :, pads:].reshape(1, heads, -1, head_dim)
+    output = rows.new_zeros((1, heads, num_rows // q_len, q_len, values.shape[-1]), dtype=torch.float32)
+    lse = rows.new_full(output.shape[:-1], -torch.inf, dtype=torch.float32)
+    if pads < q_len:
+        found, found_lse = _attend_tail(block, real, keys, values, q_len - pads, scaling=scaling, softcap=softcap)
+        output[..., pads:, :] = found.view(1, heads, -1, q_len - pads, found.shape[-1])
+        lse[..., pads:] = found_lse.view(1, heads, -1, q_len - pads)
+    return output.flatten(2, 3), lse.flatten(2, 3)

@@ -1,6 +1,7 @@
-"""PyTorch's fused CPU attention as the block function: it returns the log-sum-exp that the merge needs.
+"""PyTorch's fused attention as the block function: on CPU and CUDA it returns the log-sum-exp that the merge needs.
 
-Softcap is not in its contract; such a block is computed by the reference, which is part of this backend's definition.
+What is not in its contract (softcap; on CUDA a mask too) is computed by the reference, as part of this backend's
+definition.
 """
 
 from functools import partial
@@ -12,7 +13,7 @@ from kvzip.attention import reference
 from kvzip.attention.combine import attend_blocks
 
 
-def _block(
+def block(
     rows: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -22,25 +23,49 @@ def _block(
     mask: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    if softcap is not None or keys.shape[-1] != values.shape[-1]:
-        return reference._block(rows, keys, values, scaling=scaling, softcap=softcap, mask=mask, causal=causal)
-    _, heads, num_rows, head_dim = rows.shape
+    """Attend; see `combine.Block`."""
+    on_cpu = rows.device.type == "cpu"
+    if softcap is not None or keys.shape[-1] != values.shape[-1] or not (on_cpu or mask is None):
+        return reference.block(rows, keys, values, scaling=scaling, softcap=softcap, mask=mask, causal=causal)
+    batch, heads, num_rows, head_dim = rows.shape
     if causal:
         # Unpacked: (heads * G, kv_len, head_dim) query heads, each causal over its KV head.
         kv_len = keys.shape[2]
         groups = num_rows // kv_len
-        rows = rows.reshape(1, heads * groups, kv_len, head_dim)
+        rows = rows.reshape(batch, heads * groups, kv_len, head_dim)
         keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    output, lse = (_on_cpu if on_cpu else _on_cuda)(rows, keys, values, mask, causal, scaling)
+    output, lse = output.float().reshape(batch, heads, num_rows, -1), lse.reshape(batch, heads, num_rows)
+    if mask is not None:  # the fused kernel reports 0 for a head without any visible key
+        lse = torch.where(mask.any(-1)[None, :, None], lse, -torch.inf)
+    return output, lse
+
+
+def _on_cpu(
+    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=rows.dtype).masked_fill_(~mask, -torch.inf)[None, :, None]
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         rows, keys, values, 0.0, causal, attn_mask=bias, scale=scaling
     )
-    output, lse = output.float().reshape(1, heads, num_rows, -1), lse.reshape(1, heads, num_rows)
-    if mask is not None:  # the fused kernel reports 0 for a head without any visible key
-        lse = torch.where(mask.any(-1)[None, :, None], lse, -torch.inf)
     return output, lse
 
 
-attend = partial(attend_blocks, _block)
+def _on_cuda(
+    rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    assert mask is None
+    if rows.dtype in (torch.float16, torch.bfloat16) and rows.shape[-1] % 8 == 0:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(
+            rows, keys, values, 0.0, causal, False, scale=scaling
+        )
+    else:
+        found = torch.ops.aten._scaled_dot_product_efficient_attention(
+            rows, keys, values, None, True, 0.0, causal, scale=scaling
+        )
+    return found[0], found[1][..., : rows.shape[2]]  # the latter kernel pads its log-sum-exp
+
+
+attend = partial(attend_blocks, block)

@@ -8,9 +8,11 @@ Ordinary caches (tensors) are handed on to the implementation that ours stands i
 
 import sys
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -24,7 +26,28 @@ class LogicalLength(int):
     """A length reported by our cache layers; it tells the mask function that no mask is wanted.
 
     Causality comes from the tail's positions, and a mask of q_len x logical length would undo the savings.
+
+    Attributes:
+        sealed: how much of it is prefix and context, which cannot be padding.
     """
+
+    sealed: int
+
+    def __new__(cls, length: int, sealed: int = 0) -> "LogicalLength":
+        self = super().__new__(cls, length)
+        self.sealed = sealed
+        return self
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What our mask function makes of a padded batch, and attention gets in place of a mask.
+
+    Attributes:
+        columns: (batch, 2) int64: logical positions [begin, end) of row b's padding.
+    """
+
+    columns: Tensor
 
 
 class KVStates(ABC):
@@ -40,19 +63,21 @@ class KVStates(ABC):
         softcap: float | None = None,
         sinks: Tensor | None = None,
         sliding_window: int | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
         """Attend to everything stored.
 
         Args:
             module: the attention module that asks.
-            query: (1, num_heads, q_len, head_dim), after RoPE; the last q_len stored tokens are its own.
+            query: (batch, num_heads, q_len, head_dim), after RoPE; the last q_len stored tokens are its own.
             scaling: factor of the logits.
             softcap: logits become softcap * tanh(logits / softcap).
             sinks: (num_heads,) extra logits without a value.
             sliding_window: the window the module was configured with, tokens.
+            padding: stored tokens that are none; None = all are.
 
         Returns:
-            (1, q_len, num_heads, v_head_dim)
+            (batch, q_len, num_heads, v_head_dim)
         """
 
 
@@ -90,7 +115,7 @@ def _attention_forward(
     query: Tensor,
     key: Tensor | KVStates,
     value: Tensor | KVStates,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Padding | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -98,7 +123,7 @@ def _attention_forward(
     if not isinstance(key, KVStates):
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(fallback, _eager_of(module))
         return stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if attention_mask is not None:
+    if isinstance(attention_mask, Tensor):
         raise ValueError("a kvzip cache takes no custom attention mask: causality follows from the tail's positions")
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} adds a position bias, which kvzip does not support")
@@ -109,6 +134,7 @@ def _attention_forward(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
         sliding_window=kwargs.get("sliding_window"),
+        padding=attention_mask,
     )
     return output, None
 
@@ -120,10 +146,28 @@ def _eager_of(module: nn.Module) -> Any:
 
 def _mask(fallback: str, *, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
     if isinstance(kv_length, LogicalLength):
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("a kvzip cache holds one unpadded context: remove the padding from attention_mask")
-        return None
+        return None if attention_mask is None else _padding(attention_mask, kv_length)
     if fallback not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
     stock = ALL_MASK_ATTENTION_FUNCTIONS[fallback]
     return stock(kv_length=kv_length, attention_mask=attention_mask, **kwargs)
+
+
+def _padding(attention_mask: Tensor, kv_length: LogicalLength) -> Padding | None:
+    """Read (batch, kv_length) of a padded batch: one run of zeros a row, behind the context.
+
+    Raises:
+        ValueError: anything else.
+    """
+    padded = attention_mask == 0
+    if not bool(padded.any()):
+        return None
+    count, begin = padded.sum(1), padded.int().argmax(1)
+    positions = torch.arange(padded.shape[1], device=padded.device)
+    run = (positions >= begin[:, None]) & (positions < (begin + count)[:, None])
+    if not torch.equal(run, padded) or int(begin[count > 0].min()) < kv_length.sealed:
+        raise ValueError(
+            "a kvzip cache holds one unpadded context: attention_mask may hide tokens only behind the context of "
+            f"{kv_length.sealed} tokens, one run of padding a row"
+        )
+    return Padding(torch.stack([begin, begin + count], dim=1))

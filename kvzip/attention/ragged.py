@@ -1,4 +1,4 @@
-"""The context as attention sees it: one layer's keys and values, a different length for every KV head."""
+"""Keys and values as attention sees them: one layer's ragged context, and the dense tail that follows it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,6 +6,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+TILE = 64  # keys, as in csrc/include/kvzip/schedule.h
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,12 @@ class RaggedKV:
         return lengths.cumsum(0).to(self.keys.device)
 
     @cached_property
+    def cu_tiles(self) -> Tensor:
+        """The kernels' schedule, see csrc/include/kvzip/schedule.h: prefix sums of the heads' tiles of 64 keys, int64."""
+        tiles = torch.tensor((0, *(-(-length // TILE) for length in self.lengths)), dtype=torch.int64)
+        return tiles.cumsum(0).to(self.keys.device)
+
+    @cached_property
     def is_uniform(self) -> bool:
         """Whether all heads have the same length, so that the rows are a (heads, kv_len, head_dim) view."""
         return len(set(self.lengths)) == 1
@@ -61,3 +70,27 @@ class RaggedKV:
                 rows = slice(start, start + length)
                 yield slice(head, head + 1), self.keys[None, None, rows], self.values[None, None, rows], None
             start += length
+
+
+@dataclass(frozen=True)
+class TailKV:
+    """What comes after the context: dense, causal, and each batch row's own.
+
+    Attributes:
+        keys: (batch, num_key_value_heads, capacity, head_dim).
+        values: (batch, num_key_value_heads, capacity, v_head_dim).
+        length: tokens in use; the last q_len are the query's own, and query i sees keys 0 .. length - q_len + i.
+        cursor: (1,) int64 on the device that holds the length in its place, for CUDA graphs; `length` then bounds it.
+        skip: (batch, 2) int64, keys [skip[b, 0], skip[b, 1]) are padding of row b; None = there is none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int
+    cursor: Tensor | None = None
+    skip: Tensor | None = None
+
+    def used(self) -> tuple[Tensor, Tensor]:
+        """Views of the keys and values in use, (batch, num_key_value_heads, length, head_dim)."""
+        length = self.length if self.cursor is None else int(self.cursor)
+        return self.keys[:, :, :length], self.values[:, :, :length]

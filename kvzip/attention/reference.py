@@ -25,7 +25,7 @@ def logits_of(rows: Tensor, keys: Tensor, scaling: float, softcap: float | None)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _block(
+def block(
     rows: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -35,13 +35,13 @@ def _block(
     mask: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    _, heads, num_rows, _ = rows.shape
+    batch, heads, num_rows, _ = rows.shape
     kv_len = keys.shape[2]
-    budget = tile_logits(rows.device) // heads
+    budget = tile_logits(rows.device) // (batch * heads)
     row_step = min(num_rows, max(1, math.isqrt(budget)))
     key_step = max(_MIN_KEYS, budget // row_step)
-    output = rows.new_zeros((1, heads, num_rows, values.shape[-1]), dtype=torch.float32)
-    lse = rows.new_full((1, heads, num_rows), -torch.inf, dtype=torch.float32)
+    output = rows.new_zeros((batch, heads, num_rows, values.shape[-1]), dtype=torch.float32)
+    lse = rows.new_full((batch, heads, num_rows), -torch.inf, dtype=torch.float32)
     positions = torch.arange(kv_len, device=rows.device)
     for r in range(0, num_rows, row_step):
         row = slice(r, min(r + row_step, num_rows))
@@ -60,4 +60,4 @@ def _block(
     return output, lse
 
 
-attend = partial(attend_blocks, _block)
+attend = partial(attend_blocks, block)

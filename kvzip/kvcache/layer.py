@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from kvzip.attention import Backend, KVStates, LogicalLength, RaggedKV
+from kvzip.attention import BACKENDS, Backend, KVStates, LogicalLength, Padding, RaggedKV
 from kvzip.kvcache.tail import Tail, cloned
 
 Observer = Callable[["ContextLayer", nn.Module, Tensor, float, float | None], None]
@@ -51,16 +51,13 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Any, Any]:
-        """Append (1, num_key_value_heads, q_len, head_dim) states to the tail; return the layer itself, twice.
+        """Append (batch, num_key_value_heads, q_len, head_dim) states to the tail; return the layer itself, twice.
 
         Raises:
-            ValueError: more than one sequence: beams, several returned sequences and batches are not supported.
+            ValueError: a batch in front of the context, which there is one of, or another batch than the tail has.
         """
-        if key_states.shape[0] != 1:
-            raise ValueError(
-                f"a kvzip cache holds one sequence, got a batch of {key_states.shape[0]}: "
-                "beam search and num_return_sequences > 1 are not supported"
-            )
+        if key_states.shape[0] != 1 and self.context is None:
+            raise ValueError(f"a kvzip cache holds one context, got a batch of {key_states.shape[0]} to prefill")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.device != self.device:
@@ -76,7 +73,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Logical key length and offset, marked so that no mask is made."""
-        return LogicalLength(self.get_seq_length() + query_length), 0
+        return LogicalLength(self.get_seq_length() + query_length, self.sealed_length), 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -92,11 +89,11 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     def reset(self) -> None:
         """Drop the tail, or what was appended since `mark`; the context stays."""
-        self.tail.length = self.tail.floor
+        self.tail.crop(self.tail.floor - self.tail.length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refuse: there is one sequence."""
-        raise ValueError("a kvzip cache holds one sequence: beam search is not supported")
+        """Refuse: rows of a batch cannot be exchanged."""
+        raise ValueError("a kvzip cache does not exchange the rows of a batch: beam search is not supported")
 
     batch_repeat_interleave = batch_select_indices = reorder_cache
 
@@ -111,6 +108,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
         softcap: float | None = None,
         sinks: Tensor | None = None,
         sliding_window: int | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
         """Attend to context and tail; see `KVStates.attend`."""
         window = sliding_window or self.sliding_window
@@ -119,12 +117,13 @@ class ContextLayer(CacheLayerMixin, KVStates):
                 f"position {self.get_seq_length()} crosses the sliding window of {window} tokens that this layer was "
                 "treated as global within; shorten the context or max_new_tokens"
             )
-        output, lse = self.backend(query, self.context, *self.tail.states, scaling=scaling, softcap=softcap)
-        if sinks is not None:
-            output = output * torch.sigmoid(lse - sinks.float()[None, :, None])[..., None]
+        if padding is not None:
+            self.tail.skip = padding.columns.to(query.device) - self.sealed_length
+        tail = self.tail.view()
+        output, _ = self.backend(query, self.context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
         if self.observer is not None:
             self.observer(self, module, query, scaling, softcap)
-        return output.to(query.dtype).transpose(1, 2).contiguous()
+        return output
 
     # -- what the cache calls ----------------------------------------------------------------------------------------
 
@@ -149,6 +148,11 @@ class ContextLayer(CacheLayerMixin, KVStates):
         """Bytes of tail buffers and masks."""
         masks = (self.keep_mask, self.store.mask)
         return self.tail.nbytes + sum(mask.nbytes for mask in masks if mask is not None)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether decoding steps can be captured: the kernel reads the tail's length on the device."""
+        return self.backend is BACKENDS["cuda"].attend
 
     @property
     def sealed_length(self) -> int:
@@ -194,17 +198,13 @@ class ContextLayer(CacheLayerMixin, KVStates):
         """Give back the tail's memory where it is empty."""
         self.tail.compact()
 
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> Any:
         """What `release` needs to bring the layer back; until then nothing before it can be cropped."""
-        mark = self.tail.length, self.tail.floor
-        self.tail.floor = self.tail.length
-        return mark
+        return self.tail.mark()
 
     def release(self, mark: Any, *, drop: bool) -> None:
         """End what `mark` began; with `drop`, be as it was then."""
-        length, self.tail.floor = mark
-        if drop:
-            self.tail.length = length
+        self.tail.release(mark, drop=drop)
 
     def copy_tail(self) -> None:
         """Stop sharing the tail's buffers, which are written in place; the store may stay shared."""

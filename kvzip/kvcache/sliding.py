@@ -21,6 +21,14 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     kind = "sliding"
     device: torch.device
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append; a batch may follow a single sequence, which every row of the batch then continues."""
+        batch = key_states.shape[0]
+        if self.keys is not None and self.values is not None and self.keys.shape[0] == 1 < batch:
+            self.keys, self.values = (states.expand(batch, -1, -1, -1) for states in (self.keys, self.values))
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values in the window."""

@@ -7,7 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvzip.attention import TailKV
+
 _FIRST_CAPACITY = 64
+Mark = tuple[int, int, tuple[Tensor, Tensor] | None, Tensor | None]
 
 
 class Tail:
@@ -16,10 +19,13 @@ class Tail:
     Attributes:
         length: tokens in use.
         floor: tokens that `crop` cannot take back: those there were when a scratch block began.
+        skip: padding of a batch, as in `TailKV`; stays until what was appended with it is dropped.
     """
 
     def __init__(self) -> None:
         self.length = self.floor = 0
+        self.skip: Tensor | None = None
+        self._fixed: tuple[Tensor, Tensor] | None = None
         self._reserved = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
 
@@ -34,8 +40,20 @@ class Tail:
         return 0 if self._buffers is None else sum(buffer.nbytes for buffer in self._buffers)
 
     @property
+    def batch(self) -> int:
+        """Sequences that the buffers hold, 0 = there are none yet."""
+        return 0 if self._buffers is None else self._buffers[0].shape[0]
+
+    def view(self) -> TailKV:
+        """What attention reads."""
+        assert self._buffers is not None
+        if self._fixed is not None:
+            return TailKV(*self._buffers, self.capacity, cursor=self._fixed[1], skip=self.skip)
+        return TailKV(*self._buffers, self.length, skip=self.skip)
+
+    @property
     def states(self) -> tuple[Tensor, Tensor]:
-        """Views of the keys and values in use, (1, num_key_value_heads, length, head_dim)."""
+        """Views of the keys and values in use, (batch, num_key_value_heads, length, head_dim)."""
         assert self._buffers is not None
         keys, values = self._buffers
         return keys[:, :, : self.length], values[:, :, : self.length]
@@ -45,14 +63,44 @@ class Tail:
         self._reserved = capacity
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Write (1, num_key_value_heads, n, head_dim) states behind what is in use."""
+        """Write (batch, num_key_value_heads, n, head_dim) states behind what is in use.
+
+        A batch may follow a single sequence, which every row of the batch then continues.
+
+        Raises:
+            ValueError: another batch than what is in use has.
+        """
+        if self._fixed is not None:
+            assert self._buffers is not None
+            for buffer, states in zip(self._buffers, (keys, values), strict=True):
+                buffer.index_copy_(2, self._fixed[0], states)
+            return
         start, stop = self.length, self.length + keys.shape[2]
-        if stop > self.capacity:
+        if self.length and self.batch not in (1, keys.shape[0]):
+            raise ValueError(f"the kv's tail holds {self.batch} sequences, got states of {keys.shape[0]}")
+        if stop > self.capacity or self.batch != keys.shape[0]:
             self._grow(max(stop, self._reserved or max(_FIRST_CAPACITY, 2 * self.capacity)), keys, values)
         assert self._buffers is not None
         for buffer, states in zip(self._buffers, (keys, values), strict=True):
             buffer[:, :, start:stop] = states
         self.length = stop
+
+    def fix(self, more: int, write_at: Tensor, length: Tensor) -> None:
+        """Make room for `more` tokens, then append one token a time where the device says, in buffers that stay.
+
+        Args:
+            write_at: (1,) int64 on the device: the position that the next `append` writes.
+            length: (1,) int64 on the device: the tokens in use after it.
+        """
+        if self.length + more > self.capacity:
+            assert self._buffers is not None
+            self._grow(self.length + more, *self._buffers)
+        self._fixed = write_at, length
+
+    def unfix(self, steps: int) -> None:
+        """End what `fix` began, after `steps` tokens."""
+        self._fixed = None
+        self.length += steps
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens.
@@ -64,6 +112,20 @@ class Tail:
         if not -most <= tokens_to_remove <= 0:
             raise ValueError(f"cannot crop by {tokens_to_remove}: expected -{most} to 0, what was appended")
         self.length += tokens_to_remove
+
+    def mark(self) -> Mark:
+        """What `release` needs to bring the tail back; until then nothing before it can be cropped."""
+        mark = self.length, self.floor, self._buffers, self.skip
+        self.floor = self.length
+        return mark
+
+    def release(self, mark: Mark, *, drop: bool) -> None:
+        """End what `mark` began; with `drop`, be as it was then, except that larger buffers are kept for next time."""
+        length, self.floor, buffers, skip = mark
+        if drop:
+            self.length, self.skip = length, skip
+            if self.batch != (1 if buffers is None else buffers[0].shape[0]):
+                self._buffers = buffers
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Return the states in use and be empty: they are no longer the tail's."""
@@ -85,6 +147,7 @@ class Tail:
         """Return a tail with `function(buffer)` in place of every buffer."""
         new = Tail()
         new.length, new.floor, new._reserved = self.length, self.floor, self._reserved
+        new.skip = None if self.skip is None else function(self.skip)
         if self._buffers is not None:
             keys, values = self._buffers
             new._buffers = function(keys), function(values)

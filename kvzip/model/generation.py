@@ -1,14 +1,17 @@
-"""Generation over a kv by transformers' own `generate`; ours is only what comes before and after."""
+"""Generation over a kv: `model.decode` where it knows all that is asked for, else transformers' own `generate`."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from kvzip.kvcache import KVCache
+from kvzip.model.decode import decode, make_plan
 from kvzip.model.passes import feed
 
 if TYPE_CHECKING:
@@ -20,14 +23,17 @@ _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 def generate(
-    model: ModelKVzip, query_ids: list[int], kv: KVCache | None, *, keep: bool, close_turn: bool, **kwargs: Any
-) -> Tensor:
-    """Generate after `query_ids` (and `kv`); return the new ids (n,) on the CPU, without the end-of-sequence token.
+    model: ModelKVzip, queries: list[list[int]], kv: KVCache | None, *, keep: bool, close_turn: bool, **kwargs: Any
+) -> list[Tensor]:
+    """Generate after each of `queries` (ids) over one `kv`, all at once.
 
     Args:
-        keep: keep the turn in `kv`.
+        keep: keep the turn in `kv`; with one query.
         close_turn: end a kept turn with the chat template's end of answer and start of the next user turn.
         kwargs: for transformers' `generate`.
+
+    Returns:
+        The new ids of each query (n,) on the CPU, without the end-of-sequence token.
 
     Raises:
         ValueError: beams or several returned sequences, assisted decoding of a hybrid model, no positions left.
@@ -35,31 +41,78 @@ def generate(
     history = model.prompting.prefix_ids() if kv is None else kv.input_ids.tolist()
     closing = model.prompting.between_ids if keep and close_turn else []
     # Positions beside the answer's own: those of a kept turn's end; without one, the last new token is never fed.
-    options = _options(model, kwargs, kv, len(history) + len(query_ids), len(closing) if keep else -1)
+    longest = max(len(query) for query in queries)
+    options = _options(model, kwargs, kv, len(history) + longest, closing=len(closing) if keep else -1)
+    if len(queries) > 1 and any(options.get(name) is not None for name in _ASSISTED):
+        raise ValueError("assisted decoding takes one query at a time")
+    pad = options.get("pad_token_id", model.model.generation_config.pad_token_id) or 0
+    ids, mask = _padded(model, history, queries, pad, before=kv is None)
     if kv is None:
-        return _run(model, history + query_ids, options)
+        return _run(model, ids, mask, None, options)
     start = len(history)
     with kv.scratch(keep=keep):
-        answer = _run(model, history + query_ids, {**options, "past_key_values": kv})
+        answers = _run(model, ids, mask, kv, options)
         if keep:
-            turn = [*query_ids, *answer.tolist(), *closing]
+            turn = [*queries[0], *answers[0].tolist(), *closing]
             rest = turn[kv.get_seq_length() - start :]
             if rest:
                 feed(model.model, kv, rest)
             kv.compact()
             kv.input_ids = torch.tensor(history + turn, dtype=torch.int64)
-    return answer
+    return answers
 
 
-def _run(model: ModelKVzip, ids: list[int], options: dict[str, Any]) -> Tensor:
-    inputs = torch.tensor([ids], device=model.device)
-    output = model.model.generate(inputs, attention_mask=torch.ones_like(inputs), **options)  # type: ignore[operator]
-    sequence = (output if isinstance(output, Tensor) else output.sequences)[0, len(ids) :].cpu()
-    return sequence[:-1] if len(sequence) and int(sequence[-1]) in _eos_ids(model, options) else sequence
+def _padded(
+    model: ModelKVzip, history: list[int], queries: list[list[int]], pad: int, *, before: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Rows of `history` and a query each, as ids and mask (batch, n).
+
+    Shorter queries are padded on their left: behind the history, which the kv holds, or, without a kv, `before` it.
+    """
+    longest = max(len(query) for query in queries)
+    rows, mask = [], []
+    for query in queries:
+        pads = longest - len(query)
+        rows.append([pad] * pads + history + query if before else history + [pad] * pads + query)
+        hidden, seen = [0] * pads, [1] * len(history)
+        mask.append((hidden + seen if before else seen + hidden) + [1] * len(query))
+    ids = torch.tensor(rows, device=model.device)
+    padded = any(len(query) < longest for query in queries)
+    return ids, torch.tensor(mask, device=model.device) if padded else None
+
+
+def _run(
+    model: ModelKVzip, ids: Tensor, mask: Tensor | None, kv: KVCache | None, options: dict[str, Any]
+) -> list[Tensor]:
+    config = _effective_config(model, options)
+    plan = None if kv is None or config is None else make_plan(config)
+    if plan is not None:
+        assert kv is not None
+        new = decode(model.model, kv, ids, mask, plan)
+    else:
+        attention_mask = torch.ones_like(ids) if mask is None else mask
+        cache = {} if kv is None else {"past_key_values": kv}
+        output = model.model.generate(ids, attention_mask=attention_mask, **cache, **options)  # type: ignore[operator]
+        new = (output if isinstance(output, Tensor) else output.sequences)[:, ids.shape[1] :]
+    eos = torch.tensor(sorted(_eos_ids(model, options)), dtype=torch.int64)
+    return [_until(row, eos) for row in new.cpu()]
+
+
+def _until(row: Tensor, eos: Tensor) -> Tensor:
+    """The row before its first end-of-sequence token."""
+    ends = torch.isin(row, eos).nonzero()
+    return row[: int(ends[0])] if len(ends) else row
+
+
+def _effective_config(model: ModelKVzip, options: dict[str, Any]) -> GenerationConfig | None:
+    """The generation config that `options` amount to; None where they hold more than one's fields."""
+    config = copy.deepcopy(options.get("generation_config") or model.model.generation_config)
+    unused = config.update(**{name: value for name, value in options.items() if name != "generation_config"})
+    return None if unused else config
 
 
 def _options(
-    model: ModelKVzip, kwargs: dict[str, Any], kv: KVCache | None, length: int, closing: int
+    model: ModelKVzip, kwargs: dict[str, Any], kv: KVCache | None, length: int, *, closing: int
 ) -> dict[str, Any]:
     options = dict(kwargs)
     config = options.get("generation_config") or model.model.generation_config

@@ -20,7 +20,7 @@ from kvzip.model import calibration, generation, loading, passes
 from kvzip.model.checks import check_kv, check_kv_type, check_positions, check_scorers, check_vocabulary
 from kvzip.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from kvzip.model.probe import check_architecture, make_layers
-from kvzip.model.prompting import INSTRUCTION, Prompting, Query, as_ids, is_messages
+from kvzip.model.prompting import INSTRUCTION, Prompting, Query, as_ids, is_batch, is_messages
 from kvzip.scoring import Scorer
 
 ANSWER_ROOM = 256  # tokens after the context that must fit into a sliding window treated as global
@@ -44,13 +44,15 @@ class ModelKVzip:
         Args:
             name: "bundled", an alias such as "qwen2.5-7b", a local folder, or a hub id.
             kv_type: default of `prefill`: "evict" frees what is pruned, "retain" keeps and masks it.
-            backend: attention backend, "auto" | "reference" | "torch"; see `kvzip.attention.resolve_backend`.
+            backend: attention backend, "auto" | "reference" | "torch" | "cpu" | "cuda" | "flash"; see
+                `kvzip.attention.resolve_backend`.
             dtype: torch dtype of the weights, "auto" = the checkpoint's.
             device: None = the first CUDA device where there is one, else the CPU.
             kwargs: for transformers' `from_pretrained`: `device_map="auto"`, `revision`, ...
 
         Raises:
             ValueError: unknown name, kv_type or backend, or an architecture that cannot be used, and why.
+            KernelsUnavailable: the backend needs a compiler, a driver or a package that is missing.
         """
         check_kv_type(kv_type)
         model, tokenizer = loading.load(name, dtype=dtype, device=device, **kwargs)
@@ -224,41 +226,49 @@ class ModelKVzip:
 
     def generate(
         self,
-        query: Query,
+        query: Query | Sequence[Query],
         kv: KVCache | None = None,
         *,
         update_cache: bool = False,
         return_ids: bool = False,
         **kwargs: Any,
-    ) -> str | Tensor:
-        """Answer a query from `kv`, through transformers' own generation; greedy unless told otherwise.
+    ) -> str | Tensor | list[str] | list[Tensor]:
+        """Answer a query from `kv`, or a list of queries at once; greedy unless told otherwise.
 
         Args:
             query: a question; chat messages (user and assistant in turns; a last assistant message begins the answer);
-                or ids, which are used as they are.
+                or ids, which are used as they are. A list of these: all are asked of the same context, whose bytes
+                every decoding step reads once; the answers are those of asking one by one.
             kv: what `prefill` gave, pruned or not; None = no context at all.
             update_cache: keep this turn in `kv`, closed as the chat template closes it, so that the next query is the
-                next turn; otherwise `kv` is as before.
+                next turn; otherwise `kv` is as before. With a single query.
             return_ids: return the new ids (n,) in place of text; always so without a tokenizer.
             kwargs: for transformers' `generate`: `max_new_tokens` (default 512), `do_sample`, `streamer`,
                 `stop_strings`, `logits_processor`, ...
 
         Returns:
-            The answer, without the end-of-sequence token.
+            The answer, without the end-of-sequence token; for a list, a list.
 
         Raises:
-            ValueError: a kv of another model or device, an empty query, beams or several returned sequences, or no
-                positions left.
+            ValueError: a kv of another model or device, an empty query or list, beams or several returned sequences, or
+                no positions left.
         """
-        ids = check_vocabulary(self, self.apply_template(query))
+        many = is_batch(query)
+        queries: list[Any] = list(query) if many else [query]
+        if not queries:
+            raise ValueError("the list of queries is empty")
+        if many and update_cache:
+            raise ValueError(f"update_cache=True keeps one turn, got a list of {len(queries)} queries")
+        ids = [check_vocabulary(self, self.apply_template(one)) for one in queries]
         if kv is not None:
-            check_kv(self, kv, len(ids))
+            check_kv(self, kv, max(map(len, ids)))
         elif update_cache:
             raise ValueError("update_cache=True needs a kv to keep the turn in, got kv=None")
-        templated = isinstance(query, str) or is_messages(query)
+        templated = not many and (isinstance(query, str) or is_messages(query))
         with torch.no_grad():
-            answer = generation.generate(self, ids, kv, keep=update_cache, close_turn=templated, **kwargs)
-        return answer if return_ids or self.tokenizer is None else self.decode(answer)
+            found = generation.generate(self, ids, kv, keep=update_cache, close_turn=templated, **kwargs)
+        answers: list[Any] = found if return_ids or self.tokenizer is None else [self.decode(one) for one in found]
+        return answers if many else answers[0]
 
     def __call__(self, ids: Sequence[int] | Tensor, kv: KVCache, *, update_cache: bool = False) -> Tensor:
         """Return logits (1, n, vocab_size) of `ids` (n,) or (1, n), fed after everything in `kv`.

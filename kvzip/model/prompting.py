@@ -128,6 +128,11 @@ def is_messages(query: object) -> bool:
     return isinstance(query, list | tuple) and len(query) > 0 and isinstance(query[0], dict)
 
 
+def is_batch(query: object) -> bool:
+    """Whether a query is a list of queries: of texts, chats or sequences of ids."""
+    return isinstance(query, list | tuple) and all(isinstance(one, str | list | tuple | torch.Tensor) for one in query)
+
+
 def as_ids(ids: Sequence[int] | torch.Tensor, what: str) -> list[int]:
     """Check and return ids as a list.
 

@@ -70,3 +70,23 @@ def initialize(model: LlamaForCausalLM, *, seed: int) -> None:
         find.q_proj.weight[rows].mul_(0.2)
         find.q_proj.weight[head * dim + low] = MATCH * reads[: len(low)]
         find.o_proj.weight[:, rows] = COPY * OUTPUT_SCALE * find.v_proj.weight[:dim].T
+
+
+@torch.no_grad()
+def load_grown(model: LlamaForCausalLM, start: LlamaForCausalLM) -> None:
+    """Copy the weights of `start`, which may have fewer layers, into `model`.
+
+    The layers that `start` lacks go in behind its second one. They begin as the identity, with output matrices of
+    zero, so that the model computes what `start` did and learns what to do with them.
+    """
+    have, want = len(start.model.layers), len(model.model.layers)
+    new = range(2, 2 + want - have)
+    kept = [index for index in range(want) if index not in new]
+    for index in new:
+        model.model.layers[index].self_attn.o_proj.weight.zero_()
+        model.model.layers[index].mlp.down_proj.weight.zero_()
+    for index, layer in zip(kept, start.model.layers, strict=True):
+        model.model.layers[index].load_state_dict(layer.state_dict())
+    for name in ("embed_tokens", "norm"):
+        getattr(model.model, name).load_state_dict(getattr(start.model, name).state_dict())
+    model.lm_head.load_state_dict(start.lm_head.state_dict())

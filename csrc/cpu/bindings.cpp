@@ -1,0 +1,198 @@
+// The CPU kernels as torch operators, through PyTorch's stable ABI. The schemas are defined in kvzip/attention/native.py.
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "kvzip/attention.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A worker should have at least this many multiplications, else starting it costs more than it saves.
+constexpr int64_t kLeastWork = 1 << 18;
+
+kvzip::DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return kvzip::DType::kFloat32;
+    case ScalarType::BFloat16:
+      return kvzip::DType::kBFloat16;
+    case ScalarType::Half:
+      return kvzip::DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+}
+
+void check_like(const Tensor& tensor, const char* name, int64_t dim, const Tensor& query) {
+  STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), name, " must have the dtype of query");
+  STD_TORCH_CHECK(tensor.device() == query.device(), name, " must be on the device of query");
+  STD_TORCH_CHECK(tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, name, "'s last dimension must be contiguous");
+}
+
+const int64_t* offsets(const std::optional<Tensor>& tensor, const char* name, int64_t count) {
+  STD_TORCH_CHECK(tensor.has_value(), name, " must be given with keys");
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Long && tensor->dim() == 1 && tensor->size(0) == count &&
+                      tensor->is_contiguous(),
+                  name, " must be ", count, " contiguous int64");
+  return static_cast<const int64_t*>(tensor->const_data_ptr());
+}
+
+template <class Function>
+void parallel(int64_t items, const Function& function) {
+  if (items == 1) {
+    function(0, 1);
+  } else {
+    torch::stable::parallel_for(0, items, 1, function);
+  }
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tensor>& keys,
+                                  const std::optional<Tensor>& values, const std::optional<Tensor>& cu_seqlens,
+                                  const std::optional<Tensor>& cu_tiles, const std::optional<Tensor>& mask,
+                                  const Tensor& tail_keys, const Tensor& tail_values, int64_t tail_length,
+                                  const std::optional<Tensor>& tail_cursor, const std::optional<Tensor>& tail_skip,
+                                  double scaling, std::optional<double> softcap, const std::optional<Tensor>& sinks) {
+  kvzip::Attention a = {};
+  STD_TORCH_CHECK(query.dim() == 4, "query must have 4 dimensions, got ", query.dim());
+  check_like(query, "query", 4, query);
+  check_like(tail_keys, "tail_keys", 4, query);
+  check_like(tail_values, "tail_values", 4, query);
+  a.batch = query.size(0);
+  a.num_heads = query.size(1);
+  a.q_len = query.size(2);
+  a.head_dim = query.size(3);
+  a.num_kv_heads = tail_keys.size(1);
+  a.v_head_dim = tail_values.size(3);
+  a.dtype = dtype_of(query, "query");
+  STD_TORCH_CHECK(a.num_kv_heads > 0 && a.num_heads % a.num_kv_heads == 0, "query has ", a.num_heads,
+                  " heads, which is no multiple of the ", a.num_kv_heads, " of tail_keys");
+  STD_TORCH_CHECK(a.head_dim % 8 == 0 && a.v_head_dim % 8 == 0, "head_dim must be a multiple of 8, got ", a.head_dim,
+                  " and ", a.v_head_dim);
+  a.tail_length = tail_cursor ? *static_cast<const int64_t*>(tail_cursor->const_data_ptr()) : tail_length;
+  STD_TORCH_CHECK(a.q_len >= 1 && a.q_len <= a.tail_length && a.tail_length <= tail_keys.size(2),
+                  "tail_length must be from q_len ", a.q_len, " to the capacity ", tail_keys.size(2), ", got ",
+                  a.tail_length);
+  STD_TORCH_CHECK(tail_keys.size(0) == a.batch && tail_keys.size(3) == a.head_dim,
+                  "tail_keys must have query's batch and head_dim");
+  STD_TORCH_CHECK(tail_values.size(0) == a.batch && tail_values.size(1) == a.num_kv_heads &&
+                      tail_values.size(2) >= a.tail_length,
+                  "tail_values must have tail_keys' batch, heads and capacity");
+  for (int i = 0; i < 3; ++i) {
+    a.query_strides[i] = query.stride(i);
+    a.tail_key_strides[i] = tail_keys.stride(i);
+    a.tail_value_strides[i] = tail_values.stride(i);
+  }
+  a.query = query.const_data_ptr();
+  a.tail_keys = tail_keys.const_data_ptr();
+  a.tail_values = tail_values.const_data_ptr();
+  if (keys) {
+    STD_TORCH_CHECK(values.has_value(), "values must be given with keys");
+    check_like(*keys, "keys", 2, query);
+    check_like(*values, "values", 2, query);
+    STD_TORCH_CHECK(keys->is_contiguous() && values->is_contiguous(), "keys and values must be contiguous");
+    STD_TORCH_CHECK(keys->size(1) == a.head_dim, "keys must have head_dim ", a.head_dim, ", got ", keys->size(1));
+    STD_TORCH_CHECK(values->size(1) == a.v_head_dim, "values must have head_dim ", a.v_head_dim);
+    a.keys = keys->const_data_ptr();
+    a.values = values->const_data_ptr();
+    a.cu_seqlens = offsets(cu_seqlens, "cu_seqlens", a.num_kv_heads + 1);
+    a.cu_tiles = offsets(cu_tiles, "cu_tiles", a.num_kv_heads + 1);
+    STD_TORCH_CHECK(a.cu_seqlens[a.num_kv_heads] == keys->size(0) && keys->size(0) == values->size(0),
+                    "cu_seqlens must end with the rows of keys and values, ", keys->size(0));
+    if (mask) {
+      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->is_contiguous() &&
+                          mask->size(0) == a.num_kv_heads && mask->size(0) * mask->size(1) == keys->size(0),
+                      "mask must be contiguous bool (num_kv_heads, kv_len), which needs equal lengths");
+      a.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
+      a.mask_stride = mask->size(1);
+    }
+  }
+  if (tail_skip) {
+    STD_TORCH_CHECK(tail_skip->scalar_type() == ScalarType::Long && tail_skip->dim() == 2 &&
+                        tail_skip->is_contiguous() && tail_skip->size(0) == a.batch && tail_skip->size(1) == 2,
+                    "tail_skip must be contiguous int64 (batch, 2)");
+    a.tail_skip = static_cast<const int64_t*>(tail_skip->const_data_ptr());
+  }
+  if (sinks) {
+    STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->dim() == 1 && sinks->is_contiguous() &&
+                        sinks->size(0) == a.num_heads,
+                    "sinks must be contiguous float32 (num_heads)");
+    a.sinks = static_cast<const float*>(sinks->const_data_ptr());
+  }
+  a.scaling = static_cast<float>(scaling);
+  a.softcap = static_cast<float>(softcap.value_or(0.0));
+
+  Tensor out = torch::stable::new_empty(query, {a.batch, a.q_len, a.num_heads, a.v_head_dim});
+  Tensor lse = torch::stable::new_empty(query, {a.batch, a.num_heads, a.q_len}, ScalarType::Float);
+  a.out = out.mutable_data_ptr();
+  a.lse = static_cast<float*>(lse.mutable_data_ptr());
+
+  const kvzip::Kernels& kernels = *kvzip::cpu_kernels();
+  const int64_t tiles = a.context_tiles() * a.batch + a.tail_tiles();
+  const int64_t work = tiles * kvzip::kTile * a.head_rows() * (a.head_dim + a.v_head_dim);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t workers = std::clamp<int64_t>(work / kLeastWork, 1, threads);
+  Tensor workspace = torch::stable::new_empty(query, {kernels.workspace(a, workers)}, ScalarType::Float);
+  float* space = static_cast<float*>(workspace.mutable_data_ptr());
+  parallel(workers, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) kernels.attend(a, worker, workers, space);
+  });
+  const int64_t items = a.batch * a.num_kv_heads;
+  const bool together = workers == 1 || items * a.head_rows() * a.v_head_dim < (1 << 16);
+  if (together) {
+    kernels.merge(a, workers, space, 0, items);
+  } else {
+    parallel(items, [&](int64_t begin, int64_t end) { kernels.merge(a, workers, space, begin, end); });
+  }
+  return {out, lse};
+}
+
+Tensor column_max(const Tensor& query, const Tensor& keys, const Tensor& lse, double scaling,
+                  std::optional<double> softcap) {
+  kvzip::ColumnMax c = {};
+  check_like(query, "query", 3, query);
+  check_like(keys, "keys", 3, query);
+  c.num_heads = query.size(0);
+  c.q_len = query.size(1);
+  c.head_dim = query.size(2);
+  c.num_kv_heads = keys.size(0);
+  c.kv_len = keys.size(1);
+  c.dtype = dtype_of(query, "query");
+  STD_TORCH_CHECK(c.num_kv_heads > 0 && c.num_heads % c.num_kv_heads == 0, "query has ", c.num_heads,
+                  " heads, which is no multiple of the ", c.num_kv_heads, " of keys");
+  STD_TORCH_CHECK(keys.size(2) == c.head_dim, "keys must have head_dim ", c.head_dim, ", got ", keys.size(2));
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.dim() == 2 && lse.is_contiguous() &&
+                      lse.size(0) == c.num_heads && lse.size(1) == c.q_len,
+                  "lse must be contiguous float32 (num_heads, q_len)");
+  c.query = query.const_data_ptr();
+  c.keys = keys.const_data_ptr();
+  for (int i = 0; i < 2; ++i) {
+    c.query_strides[i] = query.stride(i);
+    c.key_strides[i] = keys.stride(i);
+  }
+  c.lse = static_cast<const float*>(lse.const_data_ptr());
+  c.scaling = static_cast<float>(scaling);
+  c.softcap = static_cast<float>(softcap.value_or(0.0));
+  Tensor out = torch::stable::new_empty(query, {c.num_heads, c.kv_len}, ScalarType::Float);
+  c.out = static_cast<float*>(out.mutable_data_ptr());
+  const kvzip::Kernels& kernels = *kvzip::cpu_kernels();
+  const int64_t items = c.num_kv_heads * kvzip::tiles_of(c.kv_len);
+  if (items) parallel(items, [&](int64_t begin, int64_t end) { kernels.column_max(c, begin, end); });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(kvzip, CPU, m) {
+  m.impl("attend", TORCH_BOX(&attend));
+  m.impl("column_max", TORCH_BOX(&column_max));
+}

@@ -1,0 +1,240 @@
+// The vectors of one instruction set: float lanes, loads that widen 16-bit types, exp and horizontal sums.
+//
+// GCC and Clang vector extensions, so that one source serves AVX-512, AVX2, SSE2 and NEON; the width follows from the
+// flags of the translation unit. Everything here lives in the namespace KVZIP_ISA of that unit.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef KVZIP_ISA
+#define KVZIP_ISA generic
+#endif
+
+namespace kvzip {
+namespace KVZIP_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const bfloat16* p) {
+  HalfVec h;
+  std::memcpy(&h, p, sizeof h);
+  return (Vec)(__builtin_convertvector(h, UVec) << 16);
+}
+
+inline Vec load(const float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) {
+    _Float16 x;
+    std::memcpy(&x, p + i, sizeof x);
+    v[i] = static_cast<float>(x);
+  }
+  return v;
+#endif
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+inline float to_float(float16 x) {
+  _Float16 h;
+  std::memcpy(&h, &x.bits, sizeof h);
+  return static_cast<float>(h);
+}
+
+// Round to nearest, ties to even.
+inline void from_float(float x, float* p) { *p = x; }
+inline void from_float(float x, bfloat16* p) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  p->bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline void from_float(float x, float16* p) {
+  const _Float16 h = static_cast<_Float16>(x);
+  std::memcpy(&p->bits, &h, sizeof h);
+}
+
+// `n` of a vector's elements, the others 0; n < kLanes.
+template <class T>
+inline Vec load_part(const T* p, int n) {
+  float lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i]);
+  return load(lanes);
+}
+
+inline Vec select(IVec mask, Vec a, Vec b) { return (Vec)((mask & (IVec)a) | (~mask & (IVec)b)); }
+
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+inline IVec lane_index() {
+  IVec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+inline float max_of(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+inline float sum_of(Vec v) {
+  float s = v[0];
+  for (int i = 1; i < kLanes; ++i) s += v[i];
+  return s;
+}
+
+// exp(x) - 1 = scale * p + (scale - 1), with scale a power of two: relative error of p about 1e-7. x in [-87, 88].
+inline void expm1_parts(Vec x, Vec* p, Vec* scale) {
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x * 1.44269504088896341f + magic;
+  const Vec n = shifted - magic;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec q = broadcast(1.9875691500e-4f);
+  q = q * r + 1.3981999507e-3f;
+  q = q * r + 8.3334519073e-3f;
+  q = q * r + 4.1665795894e-2f;
+  q = q * r + 1.6666665459e-1f;
+  q = q * r + 5.0000001201e-1f;
+  *p = q * r * r + r;
+  *scale = (Vec)(((IVec)shifted - (IVec)magic + 127) << 23);
+}
+
+// exp for x <= 0 (softmax): 0 below -87, where -inf lies; NaN stays NaN.
+inline Vec exp_negative(Vec x) {
+  const IVec tiny = x < -87.0f;
+  Vec p, scale;
+  expm1_parts(select(tiny, broadcast(-87.0f), x), &p, &scale);
+  return select(tiny, Vec{}, scale * p + scale);
+}
+
+inline Vec tanh_of(Vec x) {
+  Vec y = x + x;
+  y = select(y > 20.0f, broadcast(20.0f), y);
+  y = select(y < -20.0f, broadcast(-20.0f), y);
+  Vec p, scale;
+  expm1_parts(y, &p, &scale);
+  const Vec m = scale * p + (scale - 1.0f);
+  return m / (m + 2.0f);
+}
+
+#if defined(__clang__)
+#define KVZIP_SHUFFLE(a, b, index) kvzip_shuffle(a, b, index)
+inline Vec kvzip_shuffle(Vec a, Vec b, IVec index) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = index[i] < kLanes ? a[index[i]] : b[index[i] - kLanes];
+  return v;
+}
+#else
+#define KVZIP_SHUFFLE(a, b, index) __builtin_shuffle(a, b, index)
+#endif
+
+// Lanes of groups of `size` alternately from a and b, the even (odd = 0) or odd groups of each.
+template <int size>
+inline constexpr IVec pick(int odd) {
+  IVec v{};
+  for (int i = 0; i < kLanes; ++i) {
+    const int group = i / size;
+    const int from = (group / 2) * 2 + odd;
+    v[i] = (group % 2) * kLanes + from * size + i % size;
+  }
+  return v;
+}
+
+template <int size>
+inline Vec add_pairs(Vec a, Vec b) {
+  return KVZIP_SHUFFLE(a, b, pick<size>(0)) + KVZIP_SHUFFLE(a, b, pick<size>(1));
+}
+
+// Rows that are summed together: as many as fill a vector with four sums each.
+constexpr int kRows = kLanes / 4;
+constexpr int kKeys = 4;
+
+// Horizontal sums of accumulators [row][key]; element 4 * row + key of the result.
+inline Vec sums(const Vec (&acc)[kRows][kKeys]) {
+  Vec row[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = add_pairs<2>(add_pairs<1>(acc[r][0], acc[r][1]), add_pairs<1>(acc[r][2], acc[r][3]));
+  }
+#if defined(__AVX512F__)
+  return add_pairs<8>(add_pairs<4>(row[0], row[1]), add_pairs<4>(row[2], row[3]));
+#elif defined(__AVX2__)
+  return add_pairs<4>(row[0], row[1]);
+#else
+  return row[0];
+#endif
+}
+
+// Memory of one thread that is kept from call to call. Not std::vector: its functions are shared between translation
+// units by the linker, and one made with AVX-512 must not end up where a lesser processor runs it.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  // At least `n` floats, with nothing in particular in them.
+  float* get(int64_t n) {
+    if (n > size_) {
+      std::free(data_);
+      data_ = static_cast<float*>(std::malloc(n * sizeof(float)));
+      size_ = data_ == nullptr ? 0 : n;
+      if (data_ == nullptr) throw std::bad_alloc();
+    }
+    return data_;
+  }
+  float* zeros(int64_t n) { return static_cast<float*>(std::memset(get(n), 0, n * sizeof(float))); }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace KVZIP_ISA
+}  // namespace kvzip

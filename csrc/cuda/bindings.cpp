@@ -1,0 +1,284 @@
+// The ops of kvzip for the CUDA dispatch key, through torch's stable ABI. The schemas are registered in Python; every
+// argument is checked here. Build: see launch.cu. The tests build this file a second time, with KVZIP_EMULATED, for the
+// CPU and with emulated kernels.
+#include <dlfcn.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <tuple>
+
+#include "launch.h"
+
+// Absent where torch is built without CUDA; the library must load there all the same.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace {
+
+using kvzip::DType;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
+
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  ((message << parts), ...);
+  throw std::runtime_error(message.str());
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i == 0 ? "" : ", ") << tensor.size(i);
+  text << ')';
+  return text.str();
+}
+
+void require_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (const int64_t size : shape) same = same && tensor.size(i++) == size;
+  std::ostringstream wanted;
+  for (const int64_t size : shape) wanted << (wanted.tellp() > 0 ? ", " : "") << size;
+  require(same, name, " has shape ", shape_of(tensor), "; expected (", wanted.str(), ")");
+}
+
+DType dtype_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: require(false, name, " has an unsupported dtype; expected float32, bfloat16 or float16");
+  }
+  return DType::kFloat32;
+}
+
+void require_dtype(const char* name, const Tensor& tensor, ScalarType dtype, const char* dtype_name) {
+  require(tensor.scalar_type() == dtype, name, " must be ", dtype_name);
+}
+
+void require_device(const char* name, const Tensor& tensor, const Tensor& query) {
+  require(tensor.device() == query.device(), name, " must be on the query's device");
+}
+
+// An index or length tensor: int64, contiguous.
+const int64_t* integers(const char* name, const Tensor& tensor, const Tensor& query,
+                        std::initializer_list<int64_t> shape) {
+  require_device(name, tensor, query);
+  require_dtype(name, tensor, ScalarType::Long, "int64");
+  require_shape(name, tensor, shape);
+  require(tensor.is_contiguous(), name, " must be contiguous");
+  return static_cast<const int64_t*>(tensor.data_ptr());
+}
+
+// Whether every row can be read 16 bytes at a time.
+bool is_aligned(const Tensor& tensor) {
+  const int64_t item = static_cast<int64_t>(tensor.element_size()), last = tensor.dim() - 1;
+  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0 || (tensor.size(last) > 1 && tensor.stride(last) != 1)) {
+    return false;
+  }
+  for (int64_t i = 0; i < last; ++i) {
+    if (tensor.size(i) > 1 && tensor.stride(i) * item % 16 != 0) return false;
+  }
+  return true;
+}
+
+// Keys or values: the query's dtype and device, rows that can be read 16 bytes at a time.
+void require_rows(const char* name, const Tensor& tensor, const Tensor& query) {
+  require_device(name, tensor, query);
+  require(tensor.scalar_type() == query.scalar_type(), name, " and query must have the same dtype");
+  require(tensor.numel() == 0 || is_aligned(tensor), name,
+          " must have a contiguous last dimension, and rows that begin at multiples of 16 bytes");
+}
+
+int head_dim_of(const Tensor& query) {
+  const int64_t head_dim = query.size(query.dim() - 1);
+  require(kvzip::is_supported(head_dim), "query has head_dim ", head_dim, "; expected one of 64, 96, 128, 256");
+  return static_cast<int>(head_dim);
+}
+
+// Number of query heads per KV head.
+int groups_of(int64_t query_heads, int64_t kv_heads) {
+  require(kv_heads > 0 && query_heads % kv_heads == 0, "query has ", query_heads,
+          " heads, which is not a multiple of the ", kv_heads, " KV heads");
+  return static_cast<int>(query_heads / kv_heads);
+}
+
+float softcap_of(const std::optional<double>& softcap) {
+  require(!softcap || *softcap > 0, "softcap must be positive or None");
+  return softcap ? static_cast<float>(*softcap) : 0.0f;
+}
+
+kvzip::Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+
+#if defined(KVZIP_EMULATED)
+
+struct Place {
+  explicit Place(const Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+
+#else
+
+using CurrentStream = decltype(&aoti_torch_get_current_cuda_stream);
+
+// The linker finds the function only if torch's CUDA library is in our scope, which depends on how we were loaded; that
+// library itself is in the process whenever there are CUDA tensors.
+CurrentStream find_current_stream() {
+  if (aoti_torch_get_current_cuda_stream != nullptr) return aoti_torch_get_current_cuda_stream;
+  void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* const found = library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream");
+  require(found != nullptr, "this torch is built without CUDA");
+  return reinterpret_cast<CurrentStream>(found);
+}
+
+// Makes the tensor's device the current one, for as long as this lives.
+class Place {
+ public:
+  explicit Place(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    static const CurrentStream current_stream = find_current_stream();
+    STABLE_TORCH_ERROR_CODE_CHECK(current_stream(tensor.get_device_index(), &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+#endif
+
+std::tuple<Tensor, Tensor> attend(Tensor query, std::optional<Tensor> keys, std::optional<Tensor> values,
+                                  std::optional<Tensor> cu_seqlens, std::optional<Tensor> cu_tiles,
+                                  std::optional<Tensor> mask, Tensor tail_keys, Tensor tail_values, int64_t tail_length,
+                                  std::optional<Tensor> tail_cursor, std::optional<Tensor> tail_skip, double scaling,
+                                  std::optional<double> softcap, std::optional<Tensor> sinks) {
+  require(query.dim() == 4, "query has shape ", shape_of(query), "; expected (batch, heads, q_len, head_dim)");
+  const DType dtype = dtype_of("query", query);
+  const int head_dim = head_dim_of(query);
+  const int64_t batch = query.size(0), query_heads = query.size(1), q_len = query.size(2);
+  require(tail_keys.dim() == 4, "tail_keys has shape ", shape_of(tail_keys),
+          "; expected (batch, KV heads, capacity, head_dim)");
+  const int64_t kv_heads = tail_keys.size(1), capacity = tail_keys.size(2);
+  require(batch * query_heads * q_len <= kMaxInt && capacity <= kMaxInt, "query or tail_keys has too many rows");
+
+  kvzip::AttendParams p{};
+  p.batch = static_cast<int>(batch), p.kv_heads = static_cast<int>(kv_heads), p.q_len = static_cast<int>(q_len);
+  p.groups = groups_of(query_heads, kv_heads);
+  p.scaling = static_cast<float>(scaling), p.softcap = softcap_of(softcap);
+
+  if (!is_aligned(query)) query = torch::stable::contiguous(query);
+  p.query = query.data_ptr(), p.query_strides = strides_of(query);
+
+  require(keys.has_value() == values.has_value() && keys.has_value() == cu_seqlens.has_value() &&
+              keys.has_value() == cu_tiles.has_value(),
+          "keys, values, cu_seqlens and cu_tiles must all be given, or none of them");
+  require(!mask || keys.has_value(), "mask is given without keys");
+  if (keys) {
+    require(keys->dim() == 2, "keys has shape ", shape_of(*keys), "; expected (total_kv, head_dim)");
+    const int64_t total = keys->size(0);
+    require_shape("keys", *keys, {total, head_dim});
+    require_shape("values", *values, {total, head_dim});
+    require(keys->is_contiguous(), "keys must be contiguous");
+    require(values->is_contiguous(), "values must be contiguous");
+    require(total / kvzip::kTile + kv_heads <= kMaxInt, "keys has too many rows");
+    require_rows("keys", *keys, query);
+    require_rows("values", *values, query);
+    const int64_t* seqlens = integers("cu_seqlens", *cu_seqlens, query, {kv_heads + 1});
+    const int64_t* tiles = integers("cu_tiles", *cu_tiles, query, {kv_heads + 1});
+    if (total > 0) {
+      p.keys = keys->data_ptr(), p.values = values->data_ptr(), p.cu_seqlens = seqlens, p.cu_tiles = tiles;
+    }
+    if (mask && total > 0) {
+      require(total % kv_heads == 0, "mask needs heads of equal length");
+      require_device("mask", *mask, query);
+      require_dtype("mask", *mask, ScalarType::Bool, "bool");
+      require_shape("mask", *mask, {kv_heads, total / kv_heads});
+      require(mask->is_contiguous(), "mask must be contiguous");
+      p.mask = static_cast<const uint8_t*>(mask->data_ptr()), p.mask_length = total / kv_heads;
+    }
+  }
+
+  require_shape("tail_keys", tail_keys, {batch, kv_heads, capacity, head_dim});
+  require_shape("tail_values", tail_values, {batch, kv_heads, capacity, head_dim});
+  require_rows("tail_keys", tail_keys, query);
+  require_rows("tail_values", tail_values, query);
+  p.tail_keys = tail_keys.data_ptr(), p.tail_values = tail_values.data_ptr();
+  p.tail_key_strides = strides_of(tail_keys), p.tail_value_strides = strides_of(tail_values);
+  p.capacity = capacity, p.tail_length = tail_length;
+  if (tail_cursor) {
+    require(tail_cursor->numel() == 1, "tail_cursor has shape ", shape_of(*tail_cursor), "; expected one element");
+    require_device("tail_cursor", *tail_cursor, query);
+    require_dtype("tail_cursor", *tail_cursor, ScalarType::Long, "int64");
+    p.tail_cursor = static_cast<const int64_t*>(tail_cursor->data_ptr());
+  } else {
+    require(0 <= tail_length && tail_length <= capacity, "tail_length is ", tail_length, "; the capacity is ", capacity);
+  }
+  if (tail_skip) p.tail_skip = integers("tail_skip", *tail_skip, query, {batch, 2});
+  if (sinks) {
+    require_device("sinks", *sinks, query);
+    require_shape("sinks", *sinks, {query_heads});
+    require(sinks->is_contiguous(), "sinks must be contiguous");
+    p.sinks = sinks->data_ptr(), p.sinks_dtype = dtype_of("sinks", *sinks);
+  }
+
+  Tensor output = torch::stable::new_empty(query, {batch, q_len, query_heads, head_dim});
+  Tensor lse = torch::stable::new_empty(query, {batch, query_heads, q_len}, ScalarType::Float);
+  if (output.numel() == 0) return {output, lse};
+  const Place place(query);
+  const kvzip::Workspace need = kvzip::plan_attend(p, dtype, head_dim);
+  const Tensor workspace = torch::stable::new_empty(query, {need.output_floats + need.stats_floats}, ScalarType::Float);
+  p.partial_output = static_cast<float*>(workspace.data_ptr());
+  p.partial_stats = p.partial_output + need.output_floats;
+  p.output = output.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
+  kvzip::launch_attend(p, dtype, head_dim, place.stream());
+  return {output, lse};
+}
+
+Tensor column_max(Tensor query, Tensor keys, Tensor lse, double scaling, std::optional<double> softcap) {
+  require(query.dim() == 3, "query has shape ", shape_of(query), "; expected (heads, q_len, head_dim)");
+  require(keys.dim() == 3, "keys has shape ", shape_of(keys), "; expected (KV heads, kv_len, head_dim)");
+  const DType dtype = dtype_of("query", query);
+  const int head_dim = head_dim_of(query);
+  const int64_t query_heads = query.size(0), q_len = query.size(1), kv_heads = keys.size(0), kv_len = keys.size(1);
+  require(query_heads <= 65535 && q_len <= kMaxInt && kv_len <= kMaxInt, "query or keys has too many rows");
+  if (!is_aligned(query)) query = torch::stable::contiguous(query);
+  require_shape("keys", keys, {kv_heads, kv_len, head_dim});
+  require_rows("keys", keys, query);
+  require_device("lse", lse, query);
+  require_dtype("lse", lse, ScalarType::Float, "float32");
+  require_shape("lse", lse, {query_heads, q_len});
+  if (!lse.is_contiguous()) lse = torch::stable::contiguous(lse);
+
+  kvzip::ColumnMaxParams p{};
+  p.kv_heads = static_cast<int>(kv_heads), p.groups = groups_of(query_heads, kv_heads);
+  p.q_len = static_cast<int>(q_len), p.kv_len = static_cast<int>(kv_len);
+  p.scaling = static_cast<float>(scaling), p.softcap = softcap_of(softcap);
+  p.query = query.data_ptr(), p.keys = keys.data_ptr(), p.lse = static_cast<const float*>(lse.data_ptr());
+  p.query_head_stride = query.stride(0), p.query_token_stride = query.stride(1);
+  p.key_head_stride = keys.stride(0), p.key_token_stride = keys.stride(1);
+  Tensor output = torch::stable::new_empty(query, {query_heads, kv_len}, ScalarType::Float);
+  torch::stable::fill_(output, -std::numeric_limits<double>::infinity());
+  if (output.numel() == 0 || q_len == 0) return output;
+  const Place place(query);
+  p.output = static_cast<float*>(output.data_ptr());
+  kvzip::launch_column_max(p, dtype, head_dim, place.stream());
+  return output;
+}
+
+}  // namespace
+
+#if defined(KVZIP_EMULATED)
+STABLE_TORCH_LIBRARY_IMPL(kvzip_emulated, CPU, library) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(kvzip, CUDA, library) {
+#endif
+  library.impl("attend", TORCH_BOX(&attend));
+  library.impl("column_max", TORCH_BOX(&column_max));
+}

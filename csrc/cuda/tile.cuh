@@ -1,0 +1,44 @@
+// How rows of keys, values and queries lie in shared memory, and the copy that puts them there.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace kvzip {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Rows of kRowBytes in 16-byte chunks. The chunks of a row are permuted so that the same chunk of eight consecutive
+// rows, which ldmatrix reads at once, lies in eight different groups of banks.
+template <int kRowBytes>
+struct TileLayout {
+  static constexpr int kChunks = kRowBytes / 16;
+  static_assert(kChunks % 8 == 0 || kChunks == 12, "no conflict-free permutation is known for this row");
+
+  static __device__ __forceinline__ int offset(int row, int chunk) {
+    // Rows of 12 chunks begin alternately in the lower and the upper half of the banks; the permutation covers the rest.
+    const int permutation = kChunks % 8 == 0 ? row & 7 : (row >> 1) & 3;
+    return (row * kChunks + (chunk ^ permutation)) * 16;
+  }
+};
+
+// Rows [begin, end) of a copy are not read: they become zeros, as do rows from `rows` on. Zeros, not what happens to be
+// there, because a probability of 0 times NaN is NaN.
+struct Rows {
+  int rows, skip_begin, skip_end;
+};
+
+// One warp starts copying kRows rows, `stride` bytes apart, to `to`.
+template <int kRowBytes, int kRows>
+__device__ __forceinline__ void copy_rows(uint32_t to, const char* from, int64_t stride, Rows present, int lane) {
+  constexpr int kChunks = kRowBytes / 16;
+  static_assert(kRows * kChunks % 32 == 0, "every lane copies the same number of chunks");
+#pragma unroll
+  for (int i = 0; i < kRows * kChunks / 32; ++i) {
+    const int index = i * 32 + lane;
+    const int row = index / kChunks, chunk = index % kChunks;
+    const bool valid = row < present.rows && !(row >= present.skip_begin && row < present.skip_end);
+    copy16_async(to + TileLayout<kRowBytes>::offset(row, chunk), from + row * stride + chunk * 16, valid);
+  }
+}
+
+}  // namespace kvzip

@@ -1,0 +1,356 @@
+#include "ptx.cuh"
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace kvzip {
+
+alignas(128) unsigned char kvzip_shared[kEmulatedSharedBytes];
+
+namespace emulation {
+
+dim3 thread_index, block_index, grid_size;
+
+namespace {
+
+constexpr size_t kStackBytes = 128 * 1024;
+
+struct Copy {
+  uint32_t to;
+  unsigned char data[16];
+};
+
+struct Fiber {
+  ucontext_t first;
+  jmp_buf place;
+  bool started = false, finished = false;
+  const int* waits_for = nullptr;  // a generation that must move on from `seen`
+  int seen = 0;
+  std::vector<Copy> open;                  // copies not yet committed
+  std::vector<std::vector<Copy>> pending;  // committed groups, oldest first
+  std::unique_ptr<unsigned char[]> stack;
+};
+
+struct Warp {
+  int generation = 0, arrived = 0;
+  const char* name = nullptr;
+  void* operands[32];
+};
+
+Options options;
+std::vector<std::pair<const unsigned char*, size_t>> readable;
+std::vector<bool> written;
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+int barrier_generation, barrier_arrived;
+int current;
+jmp_buf scheduler;
+const std::function<void()>* body;
+uint64_t random_state;
+
+uint64_t draw() {
+  random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
+  return random_state;
+}
+
+void yield() {
+  if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+}
+
+void block_on(const int& generation, int seen) {
+  Fiber& fiber = fibers[current];
+  fiber.waits_for = &generation;
+  fiber.seen = seen;
+  while (generation == seen) yield();
+}
+
+void enter() {
+  (*body)();
+  Fiber& fiber = fibers[current];
+  if (!fiber.open.empty()) fail("a thread ended with copies that it never committed");
+  fiber.finished = true;
+  _longjmp(scheduler, 1);
+}
+
+void resume(int thread) {
+  current = thread;
+  thread_index = {static_cast<unsigned>(thread), 0, 0};
+  Fiber& fiber = fibers[thread];
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  getcontext(&fiber.first);
+  fiber.first.uc_stack.ss_sp = fiber.stack.get();
+  fiber.first.uc_stack.ss_size = kStackBytes;
+  fiber.first.uc_link = nullptr;
+  makecontext(&fiber.first, enter, 0);
+  setcontext(&fiber.first);
+}
+
+bool is_runnable(const Fiber& fiber) {
+  return !fiber.finished && (fiber.waits_for == nullptr || *fiber.waits_for != fiber.seen);
+}
+
+void land(const Copy& copy) {
+  std::memcpy(kvzip_shared + copy.to, copy.data, 16);
+  mark_written(copy.to, 16);
+}
+
+void run_block(int threads, int shared_bytes) {
+  if (shared_bytes > kEmulatedSharedBytes) fail("more shared memory than any device has");
+  std::memset(kvzip_shared, 0xff, sizeof kvzip_shared);
+  written.assign(static_cast<size_t>(shared_bytes), false);
+  barrier_generation = barrier_arrived = 0;
+  warps.assign(threads / 32, Warp());
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = fibers[t];
+    fiber.started = fiber.finished = false;
+    fiber.waits_for = nullptr;
+    fiber.open.clear(), fiber.pending.clear();
+  }
+  const int warp_count = threads / 32;
+  for (int idle = 0; idle < 64 * warp_count;) {
+    const int warp = static_cast<int>(draw() % warp_count), shift = static_cast<int>(draw() % 32);
+    bool ran = false;
+    for (int i = 0; i < 32; ++i) {
+      const int thread = warp * 32 + (i + shift) % 32;
+      if (!is_runnable(fibers[thread])) continue;
+      resume(thread);
+      ran = true;
+    }
+    idle = ran ? 0 : idle + 1;
+  }
+  for (int t = 0; t < threads; ++t) {
+    if (!fibers[t].finished) fail("deadlock: some threads wait for others that never come");
+  }
+}
+
+uint16_t element(uint32_t address) {
+  uint16_t bits;
+  std::memcpy(&bits, kvzip_shared + address, 2);
+  return bits;
+}
+
+void load(void* const operands[32], bool transposed) {
+  for (int j = 0; j < 4; ++j) {
+    uint32_t row[8];
+    unsigned banks = 0;
+    for (int r = 0; r < 8; ++r) {
+      row[r] = static_cast<MatrixLoad*>(operands[8 * j + r])->address;
+      if (row[r] % 16 != 0) fail("ldmatrix from an address that is not a multiple of 16");
+      require_written(row[r], 16);
+      banks |= 1u << (row[r] / 16 % 8);
+    }
+    if (banks != 0xff) fail("ldmatrix with bank conflicts");
+    for (int l = 0; l < 32; ++l) {
+      const int a = l / 4, b = 2 * (l % 4);
+      const uint32_t low = transposed ? element(row[b] + 2 * a) : element(row[a] + 2 * b);
+      const uint32_t high = transposed ? element(row[b + 1] + 2 * a) : element(row[a] + 2 * b + 2);
+      static_cast<MatrixLoad*>(operands[l])->r[j] = low | high << 16;
+    }
+  }
+}
+
+template <float (*kWiden)(uint16_t)>
+void multiply(void* const operands[32]) {
+  float a[16][16], b[16][8];
+  for (int l = 0; l < 32; ++l) {
+    const Product& product = *static_cast<Product*>(operands[l]);
+    for (int i = 0; i < 2; ++i) {
+      const int k = 2 * (l % 4) + i, shift = 16 * i;
+      for (int half = 0; half < 2; ++half) {
+        a[l / 4 + 8 * half][k] = kWiden(static_cast<uint16_t>(product.a[half] >> shift));
+        a[l / 4 + 8 * half][k + 8] = kWiden(static_cast<uint16_t>(product.a[2 + half] >> shift));
+        b[k + 8 * half][l / 4] = kWiden(static_cast<uint16_t>(product.b[half] >> shift));
+      }
+    }
+  }
+  for (int l = 0; l < 32; ++l) {
+    float* c = static_cast<Product*>(operands[l])->c;
+    for (int e = 0; e < 4; ++e) {
+      const int row = l / 4 + 8 * (e / 2), column = 2 * (l % 4) + e % 2;
+      for (int k = 0; k < 16; ++k) c[e] += a[row][k] * b[k][column];
+    }
+  }
+}
+
+}  // namespace
+
+void fail(const char* what) {
+  std::printf("emulation: %s (block %u, thread %u)\n", what, block_index.x, thread_index.x);
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
+void launch(dim3 grid, int threads, int shared_bytes, const Options& chosen, const std::function<void()>& kernel) {
+  options = chosen;
+  random_state = chosen.seed * 0x9e3779b97f4a7c15ull + 1;
+  body = &kernel;
+  grid_size = grid;
+  while (fibers.size() < static_cast<size_t>(threads)) {
+    fibers.emplace_back();
+    fibers.back().stack.reset(new unsigned char[kStackBytes]);
+  }
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  std::vector<unsigned> order(blocks);
+  for (unsigned i = 0; i < blocks; ++i) order[i] = i;
+  for (unsigned i = blocks; i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
+  for (const unsigned block : order) {
+    block_index = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+    run_block(threads, shared_bytes);
+  }
+}
+
+void allow_reads(const void* begin, size_t bytes) {
+  readable.emplace_back(static_cast<const unsigned char*>(begin), bytes);
+}
+void forget_reads() { readable.clear(); }
+
+void barrier() {
+  const int seen = barrier_generation;
+  if (++barrier_arrived == static_cast<int>(warps.size()) * 32) {
+    barrier_arrived = 0;
+    ++barrier_generation;
+  } else {
+    block_on(barrier_generation, seen);
+  }
+}
+
+void collective(const char* name, void* operands, void (*run)(void* const operands[32])) {
+  Warp& warp = warps[current / 32];
+  if (warp.arrived == 0) warp.name = name;
+  if (std::strcmp(warp.name, name) != 0) fail("lanes of a warp meet in different instructions");
+  warp.operands[current % 32] = operands;
+  const int seen = warp.generation;
+  if (++warp.arrived == 32) {
+    run(warp.operands);
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    block_on(warp.generation, seen);
+  }
+}
+
+void copy(uint32_t to, const void* from, bool valid) {
+  if (to % 16 != 0 || to + 16 > written.size()) fail("a copy to a place it must not go to");
+  Copy copy{to, {}};
+  if (valid) {
+    const auto* source = static_cast<const unsigned char*>(from);
+    bool allowed = reinterpret_cast<uintptr_t>(source) % 16 == 0;
+    if (!allowed) fail("a copy from an address that is not a multiple of 16");
+    allowed = false;
+    for (const auto& [begin, bytes] : readable) allowed |= source >= begin && source + 16 <= begin + bytes;
+    if (!allowed) fail("a copy reads outside of the tensors");
+    std::memcpy(copy.data, source, 16);
+  }
+  if (options.late_copies) {
+    std::memset(kvzip_shared + to, 0xff, 16);
+    for (int i = 0; i < 16; ++i) written[to + i] = false;
+    fibers[current].open.push_back(copy);
+  } else {
+    land(copy);
+  }
+}
+
+void commit() {
+  Fiber& fiber = fibers[current];
+  fiber.pending.push_back(std::move(fiber.open));
+  fiber.open.clear();
+}
+
+void wait(int pending) {
+  Fiber& fiber = fibers[current];
+  while (fiber.pending.size() > static_cast<size_t>(pending)) {
+    for (const Copy& copy : fiber.pending.front()) land(copy);
+    fiber.pending.erase(fiber.pending.begin());
+  }
+}
+
+void require_written(uint32_t address, int bytes) {
+  if (address + bytes > written.size()) fail("a read beyond the shared memory");
+  for (int i = 0; i < bytes; ++i) {
+    if (!written[address + i]) fail("a read of shared memory that nothing has written");
+  }
+}
+
+void mark_written(uint32_t address, int bytes) {
+  if (address + bytes > written.size()) fail("a write beyond the shared memory");
+  for (int i = 0; i < bytes; ++i) written[address + i] = true;
+}
+
+void load_matrices(void* const operands[32]) { load(operands, false); }
+void load_matrices_transposed(void* const operands[32]) { load(operands, true); }
+
+void transpose_matrix(void* const operands[32]) {
+  uint16_t matrix[8][8];
+  for (int l = 0; l < 32; ++l) {
+    const uint32_t in = static_cast<Transposition*>(operands[l])->in;
+    matrix[l / 4][2 * (l % 4)] = static_cast<uint16_t>(in);
+    matrix[l / 4][2 * (l % 4) + 1] = static_cast<uint16_t>(in >> 16);
+  }
+  for (int l = 0; l < 32; ++l) {
+    static_cast<Transposition*>(operands[l])->out =
+        matrix[2 * (l % 4)][l / 4] | static_cast<uint32_t>(matrix[2 * (l % 4) + 1][l / 4]) << 16;
+  }
+}
+
+void mma_bfloat16(void* const operands[32]) { multiply<from_bfloat16>(operands); }
+void mma_float16(void* const operands[32]) { multiply<from_float16>(operands); }
+
+void shuffle(void* const operands[32]) {
+  for (int l = 0; l < 32; ++l) {
+    auto* shuffle = static_cast<Shuffle*>(operands[l]);
+    shuffle->out = static_cast<Shuffle*>(operands[shuffle->source])->in;
+  }
+}
+
+void sync(void* const[32]) {}
+
+void ballot(void* const operands[32]) {
+  uint32_t out = 0;
+  for (int l = 0; l < 32; ++l) out |= static_cast<uint32_t>(static_cast<Vote*>(operands[l])->in) << l;
+  for (int l = 0; l < 32; ++l) static_cast<Vote*>(operands[l])->out = out;
+}
+
+uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+uint16_t to_float16(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float magnitude = std::fabs(x);
+  if (x != x) return 0x7fff;
+  if (magnitude >= 65520.0f) return sign | 0x7c00;
+  if (magnitude < 0x1p-14f) return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 24)));
+  int exponent = 0;
+  std::frexp(magnitude, &exponent);  // magnitude in [2^(e-1), 2^e)
+  const auto places = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));  // 1024..2048
+  return static_cast<uint16_t>(sign + ((static_cast<uint32_t>(exponent + 14) << 10) + (places - 1024)));
+}
+
+float from_float16(uint16_t bits) {
+  static float* const table = [] {
+    auto* values = new float[65536];
+    for (int i = 0; i < 65536; ++i) {
+      const int exponent = i >> 10 & 31, mantissa = i & 1023;
+      float magnitude = exponent == 0    ? std::ldexp(static_cast<float>(mantissa), -24)
+                        : exponent == 31 ? (mantissa == 0 ? INFINITY : NAN)
+                                         : std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
+      values[i] = i & 0x8000 ? -magnitude : magnitude;
+    }
+    return values;
+  }();
+  return table[bits];
+}
+
+}  // namespace emulation
+}  // namespace kvzip

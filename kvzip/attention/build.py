@@ -1,0 +1,184 @@
+"""Compiles the kernels in csrc/ at first use, or by `make kernels`, and keeps the libraries in a cache folder.
+
+Importing the package needs no compiler: only asking for the backend "cpu" or "cuda" does. A library is named after
+everything it follows from (sources, flags, compiler, torch), so that a stale one is never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+TARGETS = ("cpu", "cuda")
+TORCH_TARGET = "0x020b000000000000"  # torch 2.11: the oldest whose stable ABI has all that the bindings use
+CUDA_ARCHITECTURES = ("80", "90", "100", "120")
+
+_COMMON = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden")
+# One source, compiled once for each instruction set; the library chooses when it is loaded.
+_ISAS = {
+    "x86_64": {
+        "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+        "avx2": ("-mavx2", "-mfma", "-mf16c"),
+        "generic": (),
+    },
+}
+# libtorch.so brings libtorch_cuda.so where there is one, so that a library built without CUDA finds it at run time.
+_TORCH_LIBRARIES = (f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
+_PER_ISA, _ONCE = ("kernels.cpp", "column_max.cpp"), ("dispatch.cpp", "bindings.cpp")
+
+
+class KernelsUnavailable(RuntimeError):
+    """The kernels of a backend can be neither found nor built; the message says what is missing."""
+
+
+def sources() -> Path:
+    """Folder of the C++ sources: in the installed package, or at the root of a checkout.
+
+    Raises:
+        KernelsUnavailable: there is none.
+    """
+    for folder in (_PACKAGE / "csrc", _PACKAGE.parent / "csrc"):
+        if (folder / "include").is_dir():
+            return folder
+    raise KernelsUnavailable(f"the kernel sources are missing: neither {_PACKAGE / 'csrc'} nor a checkout's csrc/")
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: $KVZIP_CACHE, else kvzip in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("KVZIP_CACHE") or Path(home) / "kvzip") / "kernels"
+
+
+def isas() -> dict[str, tuple[str, ...]]:
+    """Instruction sets and their compiler flags for this machine's processor."""
+    return _ISAS.get(platform.machine(), {"generic": ()})
+
+
+def cpu_objects(folder: Path, out: Path, flags: Sequence[str] = _COMMON) -> list[tuple[list[str], Path]]:
+    """Commands that compile the CPU kernels, without a compiler's name, each with the object file it writes.
+
+    Args:
+        folder: the sources.
+        out: folder of the object files.
+        flags: common to all.
+    """
+    steps = []
+    include = [f"-I{folder / 'include'}"]
+    for isa, options in isas().items():
+        for source in _PER_ISA:
+            target = out / f"{Path(source).stem}_{isa}.o"
+            steps.append(([*flags, f"-DKVZIP_ISA={isa}", *options, *include, *_input(folder / "cpu" / source)], target))
+    for source in _ONCE:
+        target = out / f"{Path(source).stem}.o"
+        steps.append(([*flags, *include, *_torch_flags("-isystem"), *_input(folder / "cpu" / source)], target))
+    return steps
+
+
+def _input(source: Path) -> list[str]:
+    return ["-c", str(source)]
+
+
+def _torch_flags(include: str) -> list[str]:
+    return [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", include, str(Path(torch.__file__).parent / "include")]
+
+
+def _compiler(target: str) -> str:
+    names = (os.environ.get("CXX"), "g++", "clang++") if target == "cpu" else (os.environ.get("NVCC"), "nvcc")
+    for name in names:
+        found = name and shutil.which(name)
+        if found:
+            return found
+    if target == "cuda" and Path("/usr/local/cuda/bin/nvcc").exists():
+        return "/usr/local/cuda/bin/nvcc"
+    wanted = "a C++ compiler (g++ or clang++, or $CXX)" if target == "cpu" else "the CUDA compiler nvcc (or $NVCC)"
+    raise KernelsUnavailable(f"the {target} kernels are not built, and {wanted} was not found")
+
+
+def library_path(target: str) -> Path:
+    """Where the library of `target` ("cpu" or "cuda") belongs, built or not.
+
+    Raises:
+        KernelsUnavailable: no sources.
+    """
+    folder = sources()
+    digest = hashlib.sha256(f"{torch.__version__} {platform.machine()} {TORCH_TARGET} {_COMMON} {isas()}".encode())
+    digest.update(Path(__file__).read_bytes())
+    files = [*(folder / "include").rglob("*"), *(folder / target).rglob("*")]
+    for path in sorted(path for path in files if path.is_file()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return cache_folder() / f"kvzip_{target}_{digest.hexdigest()[:16]}.so"
+
+
+def build(target: str) -> Path:
+    """Return the library of `target`, compiled now if it was not before.
+
+    Raises:
+        KernelsUnavailable: no compiler or no sources, a compiler that fails, or a torch too old.
+    """
+    path = library_path(target)
+    if path.exists():
+        return path
+    compiler = _compiler(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        if target == "cpu":
+            steps = cpu_objects(sources(), Path(scratch))
+            for command, output in steps:
+                _run([compiler, *command, "-o", str(output)])
+            _run([compiler, "-shared", *(str(output) for _, output in steps), *_TORCH_LIBRARIES, "-o", str(made)])
+        else:
+            _run([compiler, *cuda_command(sources()), "-o", str(made)])
+        made.replace(path)
+    return path
+
+
+def cuda_command(folder: Path) -> list[str]:
+    """Arguments of nvcc, but for its output, that make one library for all of `CUDA_ARCHITECTURES`."""
+    flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--use_fast_math"]
+    for number in CUDA_ARCHITECTURES:
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+    inputs = sorted(str(path) for path in (folder / "cuda").glob("*.cu"))
+    libraries = [flag if flag.startswith("-l") or flag.startswith("-L") else f"-Xlinker={flag[4:]}" for flag in _TORCH_LIBRARIES]
+    return [*flags, f"-I{folder / 'include'}", *_torch_flags("-isystem"), *inputs, *libraries]
+
+
+def _run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        message = f"compiling the kernels failed: {' '.join(command)}\n{error.stderr[-2000:]}"
+        raise KernelsUnavailable(message) from error
+
+
+@cache
+def load(target: str) -> Path:
+    """Build where needed, and register the operators of `target` with torch; once a process.
+
+    Raises:
+        KernelsUnavailable: as `build`.
+    """
+    path = build(target)
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise KernelsUnavailable(f"the {target} kernels in {path} do not load: {error}") from error
+    return path
+
+
+if __name__ == "__main__":
+    for one in TARGETS:
+        try:
+            print(one, build(one))
+        except KernelsUnavailable as problem:
+            print(one, "not built:", problem)
