@@ -29,8 +29,8 @@ INSTRUCTIONS = {
     "local": re.compile(r"\b(LDL|STL)\b"),
 }
 _REPORT = re.compile(
-    r"Compiling entry function '(?P<name>\S+)' for '\S+'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill "
-    r"stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    r"Compiling entry function '(?P<name>\S+)' for '\S+'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
 

@@ -119,9 +119,9 @@ kvzip::Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tens
 
 #if defined(KVZIP_EMULATED)
 
-struct Place {
-  explicit Place(const Tensor&) {}
-  void* stream() const { return nullptr; }
+struct CurrentPlace {
+  explicit CurrentPlace(const Tensor&) {}
+  kvzip::Place place{0, nullptr};
 };
 
 #else
@@ -138,18 +138,15 @@ CurrentStream find_current_stream() {
   return reinterpret_cast<CurrentStream>(found);
 }
 
-// Makes the tensor's device the current one, for as long as this lives.
-class Place {
- public:
-  explicit Place(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+// The tensor's device and torch's stream there; the device is current for as long as this lives.
+struct CurrentPlace {
+  explicit CurrentPlace(const Tensor& tensor) : guard(tensor.get_device_index()) {
     static const CurrentStream current_stream = find_current_stream();
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream(tensor.get_device_index(), &stream_));
+    place.device = tensor.get_device_index();
+    STABLE_TORCH_ERROR_CODE_CHECK(current_stream(place.device, &place.stream));
   }
-  void* stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
+  torch::stable::accelerator::DeviceGuard guard;
+  kvzip::Place place{0, nullptr};
 };
 
 #endif
@@ -231,13 +228,13 @@ std::tuple<Tensor, Tensor> attend(Tensor query, std::optional<Tensor> keys, std:
   Tensor output = torch::stable::new_empty(query, {batch, q_len, query_heads, head_dim});
   Tensor lse = torch::stable::new_empty(query, {batch, query_heads, q_len}, ScalarType::Float);
   if (output.numel() == 0) return {output, lse};
-  const Place place(query);
-  const kvzip::Workspace need = kvzip::plan_attend(p, dtype, head_dim);
+  const CurrentPlace current(query);
+  const kvzip::Workspace need = kvzip::plan_attend(p, dtype, head_dim, current.place);
   const Tensor workspace = torch::stable::new_empty(query, {need.output_floats + need.stats_floats}, ScalarType::Float);
   p.partial_output = static_cast<float*>(workspace.data_ptr());
   p.partial_stats = p.partial_output + need.output_floats;
   p.output = output.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
-  kvzip::launch_attend(p, dtype, head_dim, place.stream());
+  kvzip::launch_attend(p, dtype, head_dim, current.place);
   return {output, lse};
 }
 
@@ -266,9 +263,9 @@ Tensor column_max(Tensor query, Tensor keys, Tensor lse, double scaling, std::op
   Tensor output = torch::stable::new_empty(query, {query_heads, kv_len}, ScalarType::Float);
   torch::stable::fill_(output, -std::numeric_limits<double>::infinity());
   if (output.numel() == 0 || q_len == 0) return output;
-  const Place place(query);
+  const CurrentPlace current(query);
   p.output = static_cast<float*>(output.data_ptr());
-  kvzip::launch_column_max(p, dtype, head_dim, place.stream());
+  kvzip::launch_column_max(p, dtype, head_dim, current.place);
   return output;
 }
 

@@ -13,13 +13,19 @@ struct Workspace {
   int64_t output_floats, stats_floats;
 };
 
-// Completes `p` with the plan for the current device and returns what its partial results need, in floats. head_dim
-// must be supported (is_supported). Throws std::runtime_error with what CUDA says, or if the device is too small.
-Workspace plan_attend(AttendParams& p, DType dtype, int head_dim);
+// A CUDA device and one of its streams (a cudaStream_t).
+struct Place {
+  int device;
+  void* stream;
+};
 
-// Both on `stream` (a cudaStream_t) of the current device, without synchronising. Throw std::runtime_error.
-void launch_attend(const AttendParams& p, DType dtype, int head_dim, void* stream);
-void launch_column_max(ColumnMaxParams p, DType dtype, int head_dim, void* stream);
+// Completes `p` with the plan for the device and returns what its partial results need, in floats. head_dim must be
+// supported (is_supported). Throws std::runtime_error with what CUDA says, or if the device is too small.
+Workspace plan_attend(AttendParams& p, DType dtype, int head_dim, const Place& place);
+
+// Both return without waiting, and leave the device current. Throw std::runtime_error with what CUDA says.
+void launch_attend(const AttendParams& p, DType dtype, int head_dim, const Place& place);
+void launch_column_max(ColumnMaxParams p, DType dtype, int head_dim, const Place& place);
 
 inline bool is_supported(int64_t head_dim) {
   return head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;

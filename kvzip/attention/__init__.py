@@ -2,18 +2,21 @@
 
 from kvzip.attention.backends import BACKENDS, Backend, resolve_backend
 from kvzip.attention.build import KernelsUnavailable
+from kvzip.attention.combine import attend_focused
 from kvzip.attention.interface import KVStates, LogicalLength, Padding, install, restore
-from kvzip.attention.ragged import RaggedKV, TailKV
+from kvzip.attention.ragged import Focus, RaggedKV, TailKV
 
 __all__ = [
     "BACKENDS",
     "Backend",
+    "Focus",
     "KVStates",
     "KernelsUnavailable",
     "LogicalLength",
     "Padding",
     "RaggedKV",
     "TailKV",
+    "attend_focused",
     "install",
     "resolve_backend",
     "restore",

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kvzip.attention import cpu, cuda, flash, fused, reference
 from kvzip.attention.build import KernelsUnavailable
+from kvzip.attention.combine import Block
 from kvzip.attention.ragged import RaggedKV, TailKV
 
 logger = logging.getLogger(__name__)
 
 
-class Backend(Protocol):
+class Attend(Protocol):
     """Attention of `q_len` rows over an immutable ragged context and a causal dense tail."""
 
     def __call__(
@@ -41,44 +42,66 @@ class Backend(Protocol):
 
         Returns:
             output (batch, q_len, num_heads, v_head_dim) in the query's dtype, 0 where a row sees nothing, and
-            log-sum-exp (batch, num_heads, q_len) float32 without the sinks, -inf where a row sees nothing. Rows that are
-            padding themselves (`TailKV.skip`) are finite and mean nothing.
+            log-sum-exp (batch, num_heads, q_len) float32 without the sinks, -inf where a row sees nothing. Rows that
+            are padding themselves (`TailKV.skip`) are finite and mean nothing.
+        """
+
+
+class ColumnMax(Protocol):
+    """The pass behind scores: nothing of size q_len x n is held."""
+
+    def __call__(self, query: Tensor, keys: Tensor, lse: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        """Return (num_heads, n) float32: the maximum over rows of a logit minus the row's `lse`.
+
+        Args:
+            query: (num_heads, q_len, head_dim).
+            keys: (num_key_value_heads, n, head_dim).
+            lse: (num_heads, q_len) float32.
         """
 
 
 @dataclass(frozen=True)
-class BackendInfo:
-    """How a backend is reached.
+class Backend:
+    """A way to compute attention.
 
     Attributes:
-        attend: the backend; callable once `load` has returned.
+        name: what users write.
+        summary: what it is, in some words.
+        attend, block, column_max: its functions; they work once `load` has returned.
         devices: device types that it computes on; None = any.
         load: build or find what it needs; raises KernelsUnavailable.
-        summary: what it is, in some words.
+        static: it reads the tail's length on the device, so that decoding steps can be captured as a CUDA graph.
     """
 
-    attend: Backend
-    devices: tuple[str, ...] | None
-    load: Callable[[], None]
+    name: str
     summary: str
+    attend: Attend
+    block: Block
+    column_max: ColumnMax = reference.column_max
+    devices: tuple[str, ...] | None = None
+    load: Callable[[], None] = lambda: None
+    static: bool = False
 
 
-BACKENDS: dict[str, BackendInfo] = {
-    "reference": BackendInfo(reference.attend, None, lambda: None, "plain PyTorch in float32, the oracle"),
-    "torch": BackendInfo(fused.attend, ("cpu", "cuda"), lambda: None, "PyTorch's fused attention, head by head"),
-    "cpu": BackendInfo(cpu.attend, ("cpu",), cpu.load, "the C++ kernel"),
-    "cuda": BackendInfo(cuda.attend, ("cuda",), cuda.load, "the CUDA kernel"),
-    "flash": BackendInfo(flash.attend, ("cuda",), flash.load, "the flash-attn package"),
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("reference", "plain PyTorch in float32, the oracle", reference.attend, reference.block),
+        Backend("torch", "PyTorch's fused attention, head by head", fused.attend, fused.block, devices=("cpu", "cuda")),
+        Backend("cpu", "the C++ kernel", cpu.attend, fused.block, cpu.column_max, ("cpu",), cpu.load),
+        Backend("cuda", "the CUDA kernel", cuda.attend, fused.block, cpu.column_max, ("cuda",), cuda.load, static=True),
+        Backend("flash", "the flash-attn package", flash.attend, flash.block, devices=("cuda",), load=flash.load),
+    )
 }
 _AUTO = {("cpu",): ("cpu", "torch"), ("cuda",): ("cuda", "flash", "torch"), ("cpu", "cuda"): ("torch",)}
 
 
-def resolve_backend(name: str, devices: Iterable[torch.device]) -> tuple[str, Backend]:
-    """Return the name and function of the backend called `name` for layers on `devices`, ready for use.
+def resolve_backend(name: str, devices: Iterable[torch.device]) -> Backend:
+    """Return the backend called `name` for layers on `devices`, ready for use.
 
     Args:
-        name: "reference" | "torch" | "cpu" | "cuda" | "flash", or "auto": the first that is available of cpu and torch on
-            a CPU; of cuda, flash and torch on a GPU; else the reference. It is logged, and why a faster one is not.
+        name: "reference" | "torch" | "cpu" | "cuda" | "flash", or "auto": the first that is available of cpu and torch
+            on a CPU; of cuda, flash and torch on a GPU; else the reference. It is logged, and why a faster one is not.
 
     Raises:
         ValueError: unknown name, or a backend that does not compute on these devices.
@@ -86,21 +109,21 @@ def resolve_backend(name: str, devices: Iterable[torch.device]) -> tuple[str, Ba
     """
     kinds = tuple(sorted({device.type for device in devices}))
     if name == "auto":
-        name = _first_available(_AUTO.get(kinds, ()))
-        logger.info("attention backend: %s (%s), layers on %s", name, BACKENDS[name].summary, ", ".join(kinds))
-        return name, BACKENDS[name].attend
+        backend = BACKENDS[_first_available(_AUTO.get(kinds, ()))]
+        logger.info("attention backend: %s (%s), layers on %s", backend.name, backend.summary, ", ".join(kinds))
+        return backend
     if not isinstance(name, str) or name not in BACKENDS:
         near = difflib.get_close_matches(str(name), BACKENDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown backend {name!r}; expected one of {('auto', *BACKENDS)}{hint}")
-    info = BACKENDS[name]
-    if info.devices is not None and not set(kinds) <= set(info.devices):
+    backend = BACKENDS[name]
+    if backend.devices is not None and not set(kinds) <= set(backend.devices):
         raise ValueError(
-            f"backend {name!r} computes on {' and '.join(info.devices)}, but layers are on {', '.join(kinds)}; "
+            f"backend {name!r} computes on {' and '.join(backend.devices)}, but layers are on {', '.join(kinds)}; "
             "use 'auto' or 'reference'"
         )
-    info.load()
-    return name, info.attend
+    backend.load()
+    return backend
 
 
 def _first_available(names: Iterable[str]) -> str:

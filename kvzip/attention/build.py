@@ -32,12 +32,10 @@ _ISAS = {
         "generic": (),
     },
 }
-# libtorch.so brings libtorch_cuda.so where there is one, so that a library built without CUDA finds it at run time.
-_TORCH_LIBRARIES = (f"-L{Path(torch.__file__).parent / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
 _PER_ISA, _ONCE = ("kernels.cpp", "column_max.cpp"), ("dispatch.cpp", "bindings.cpp")
 
 
-class KernelsUnavailable(RuntimeError):
+class KernelsUnavailable(RuntimeError):  # noqa: N818
     """The kernels of a backend can be neither found nor built; the message says what is missing."""
 
 
@@ -92,6 +90,11 @@ def _torch_flags(include: str) -> list[str]:
     return [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", include, str(Path(torch.__file__).parent / "include")]
 
 
+def _link_flags(to_linker: str) -> list[str]:
+    # libtorch.so brings libtorch_cuda.so where there is one, so that a library built without CUDA finds it at run time.
+    return [f"-L{Path(torch.__file__).parent / 'lib'}", f"{to_linker}--no-as-needed", "-ltorch", "-ltorch_cpu"]
+
+
 def _compiler(target: str) -> str:
     names = (os.environ.get("CXX"), "g++", "clang++") if target == "cpu" else (os.environ.get("NVCC"), "nvcc")
     for name in names:
@@ -136,7 +139,7 @@ def build(target: str) -> Path:
             steps = cpu_objects(sources(), Path(scratch))
             for command, output in steps:
                 _run([compiler, *command, "-o", str(output)])
-            _run([compiler, "-shared", *(str(output) for _, output in steps), *_TORCH_LIBRARIES, "-o", str(made)])
+            _run([compiler, "-shared", *(str(output) for _, output in steps), *_link_flags("-Wl,"), "-o", str(made)])
         else:
             _run([compiler, *cuda_command(sources()), "-o", str(made)])
         made.replace(path)
@@ -148,9 +151,8 @@ def cuda_command(folder: Path) -> list[str]:
     flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--use_fast_math"]
     for number in CUDA_ARCHITECTURES:
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-    inputs = sorted(str(path) for path in (folder / "cuda").glob("*.cu"))
-    libraries = [flag if flag.startswith("-l") or flag.startswith("-L") else f"-Xlinker={flag[4:]}" for flag in _TORCH_LIBRARIES]
-    return [*flags, f"-I{folder / 'include'}", *_torch_flags("-isystem"), *inputs, *libraries]
+    inputs = sorted(str(path) for path in (folder / "cuda").iterdir() if path.suffix in (".cu", ".cpp"))
+    return [*flags, f"-I{folder / 'include'}", *_torch_flags("-isystem"), *inputs, *_link_flags("-Xlinker=")]
 
 
 def _run(command: list[str]) -> None:
@@ -176,9 +178,10 @@ def load(target: str) -> Path:
     return path
 
 
-if __name__ == "__main__":
-    for one in TARGETS:
+def build_all() -> None:
+    """Build what can be built here, and say so: `make kernels`."""
+    for target in TARGETS:
         try:
-            print(one, build(one))
+            print(target, build(target))
         except KernelsUnavailable as problem:
-            print(one, "not built:", problem)
+            print(target, "not built:", problem)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvzip.attention.ragged import RaggedKV, TailKV
+from kvzip.attention.ragged import Focus, RaggedKV, TailKV
 
 
 class Block(Protocol):
@@ -114,9 +114,50 @@ def attend_blocks(
         found = found.view(num_kv_heads, batch, -1, found.shape[-1]).transpose(0, 1)
         output, lse = merge(output, lse, found, found_lse.view(num_kv_heads, batch, -1).transpose(0, 1))
     output, lse = output.reshape(batch, num_heads, q_len, -1), lse.reshape(batch, num_heads, q_len)
+    return _finished(output, lse, query.dtype, sinks), lse
+
+
+def attend_focused(
+    block: Block,
+    query: Tensor,
+    context: RaggedKV,
+    tail: TailKV,
+    focus: Focus,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend to everything, and say how much of it is the focus; for one sequence over an unpruned context.
+
+    Returns:
+        output (1, q_len, num_heads, v_head_dim) over all keys, and log-sum-exp (1, num_heads, q_len) over the focus:
+        the normaliser of a softmax over the focus alone, which costs nothing more, as parts are merged in this order.
+    """
+    _, num_heads, q_len, _ = query.shape
+    num_kv_heads, length = len(context.lengths), context.lengths[0]
+    rows = query.reshape(1, num_kv_heads, (num_heads // num_kv_heads) * q_len, -1)
+    keys, values = (states.view(1, num_kv_heads, length, -1) for states in (context.keys, context.values))
+    output, lse = _attend_tail(block, rows, *tail.used(), q_len, scaling=scaling, softcap=softcap)
+    sink, start, stop = focus
+    focus_lse = lse
+    for inside, spans in ((True, ((0, sink), (start, stop))), (False, ((sink, start), (stop, length)))):
+        for a, b in spans:
+            if a < b:
+                part = keys[:, :, a:b], values[:, :, a:b]
+                found = block(rows, *part, scaling=scaling, softcap=softcap, mask=None, causal=False)
+                output, lse = merge(output, lse, *found)
+        focus_lse = lse if inside else focus_lse
+    shape = (1, num_heads, q_len)
+    output, lse = output.reshape(*shape, -1), lse.reshape(shape)
+    return _finished(output, lse, query.dtype, sinks), focus_lse.reshape(shape)
+
+
+def _finished(output: Tensor, lse: Tensor, dtype: torch.dtype, sinks: Tensor | None) -> Tensor:
+    """What a backend returns of output (batch, num_heads, q_len, v_head_dim) float32."""
     if sinks is not None:
         output = output * torch.sigmoid(lse - sinks.float()[None, :, None])[..., None]
-    return output.to(query.dtype).transpose(1, 2).contiguous(), lse
+    return output.to(dtype).transpose(1, 2).contiguous()
 
 
 def _attend_tail(

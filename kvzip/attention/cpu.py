@@ -6,7 +6,7 @@ Both are compute-bound beyond that, and PyTorch's matrix products then win.
 import torch
 from torch import Tensor
 
-from kvzip.attention import build, fused
+from kvzip.attention import build, fused, reference
 from kvzip.attention import native as native  # defines the operators
 from kvzip.attention.ragged import RaggedKV, TailKV
 
@@ -50,3 +50,11 @@ def load() -> None:
         KernelsUnavailable: no compiler, or one that fails.
     """
     build.load("cpu")
+
+
+def column_max(query: Tensor, keys: Tensor, lse: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """See `backends.ColumnMax`."""
+    if query.dtype not in DTYPES:
+        return reference.column_max(query, keys, lse, scaling, softcap)
+    found: Tensor = torch.ops.kvzip.column_max(query, keys, lse.contiguous(), scaling, softcap)
+    return found

@@ -1,4 +1,4 @@
-"""The CUDA kernel for decoding and for queries of up to some hundred tokens; longer ones are PyTorch's fused attention."""
+"""The CUDA kernel for decoding and for short queries; longer ones are PyTorch's fused attention."""
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ def attend(
     dims = {query.shape[-1], tail.values.shape[-1]}
     if len(dims) > 1 or not dims.issubset(HEAD_DIMS) or query.dtype not in cpu.DTYPES:
         raise ValueError(
-            f"backend 'cuda' has no kernel for head_dim {sorted(dims)} in {query.dtype}: expected one of {HEAD_DIMS} in "
-            "float32, bfloat16 or float16; use backend='torch'"
+            f"backend 'cuda' has no kernel for head_dim {sorted(dims)} in {query.dtype}: expected one of {HEAD_DIMS} "
+            "in float32, bfloat16 or float16; use backend='torch'"
         )
     return cpu.launch(query, context, tail, scaling, softcap, sinks)
 

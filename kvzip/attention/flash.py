@@ -31,16 +31,17 @@ def attend(query: Tensor, context: RaggedKV | None, tail: TailKV, **options: Any
     """Attend; see `backends.Backend`. float32 and masked contexts, which flash-attn does not take, are PyTorch's."""
     if query.dtype == torch.float32:
         return fused.attend(query, context, tail, **options)
-    return attend_blocks(_block, query, context, tail, ragged=_ragged, **options)
+    return attend_blocks(block, query, context, tail, ragged=_ragged, **options)
 
 
-def _block(
+def block(
     rows: Tensor, keys: Tensor, values: Tensor, *, scaling: float, softcap: float | None, mask: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attend; see `combine.Block`."""
     from flash_attn import flash_attn_func
 
-    if mask is not None:
+    if mask is not None or rows.dtype == torch.float32:
         return reference.block(rows, keys, values, scaling=scaling, softcap=softcap, mask=mask, causal=causal)
     batch, heads, num_rows, head_dim = rows.shape
     groups = num_rows // keys.shape[2] if causal else 1
@@ -58,7 +59,7 @@ def _ragged(rows: Tensor, context: RaggedKV, *, scaling: float, softcap: float |
     from flash_attn import flash_attn_varlen_func
 
     if context.mask is not None:
-        return attend_ragged(_block, rows, context, scaling=scaling, softcap=softcap)
+        return attend_ragged(block, rows, context, scaling=scaling, softcap=softcap)
     _, heads, num_rows, head_dim = rows.shape
     starts = torch.arange(0, (heads + 1) * num_rows, num_rows, dtype=torch.int32, device=rows.device)
     output, lse, _ = flash_attn_varlen_func(
@@ -72,5 +73,3 @@ def _ragged(rows: Tensor, context: RaggedKV, *, scaling: float, softcap: float |
         if length == 0:  # flash-attn reports +inf for a head without keys
             output[:, head], lse[:, head] = 0.0, -torch.inf
     return output, lse
-
-

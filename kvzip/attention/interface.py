@@ -34,6 +34,7 @@ class LogicalLength(int):
     sealed: int
 
     def __new__(cls, length: int, sealed: int = 0) -> "LogicalLength":
+        """An integer that remembers `sealed`."""
         self = super().__new__(cls, length)
         self.sealed = sealed
         return self

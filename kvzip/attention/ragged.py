@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
 
 TILE = 64  # keys, as in csrc/include/kvzip/schedule.h
 
@@ -39,7 +39,7 @@ class RaggedKV:
 
     @cached_property
     def cu_tiles(self) -> Tensor:
-        """The kernels' schedule, see csrc/include/kvzip/schedule.h: prefix sums of the heads' tiles of 64 keys, int64."""
+        """The kernels' schedule, see csrc/include/kvzip/schedule.h: prefix sums of the heads' tiles, int64."""
         tiles = torch.tensor((0, *(-(-length // TILE) for length in self.lengths)), dtype=torch.int64)
         return tiles.cumsum(0).to(self.keys.device)
 
@@ -70,6 +70,14 @@ class RaggedKV:
                 rows = slice(start, start + length)
                 yield slice(head, head + 1), self.keys[None, None, rows], self.values[None, None, rows], None
             start += length
+
+
+class Focus(NamedTuple):
+    """Keys whose softmax is of interest beside the whole one: stored rows [0, sink) and [start, stop), and the tail."""
+
+    sink: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)

@@ -61,3 +61,17 @@ def block(
 
 
 attend = partial(attend_blocks, block)
+
+
+def column_max(query: Tensor, keys: Tensor, lse: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """Largest logit minus `lse` that each key gets from each query head; see `backends.ColumnMax`."""
+    num_heads, q_len, head_dim = query.shape
+    num_kv_heads, n, _ = keys.shape
+    grouped = query.view(num_kv_heads, -1, q_len, head_dim)
+    best = query.new_full((num_kv_heads, num_heads // num_kv_heads, n), -torch.inf, dtype=torch.float32)
+    step = max(1, tile_logits(query.device) // (num_heads * n))
+    for a in range(0, q_len, step):
+        logits = logits_of(grouped[:, :, a : a + step], keys[:, None], scaling, softcap)
+        logits -= lse.view(num_kv_heads, -1, q_len, 1)[:, :, a : a + step]
+        best = torch.maximum(best, logits.amax(2))
+    return best.view(num_heads, n)

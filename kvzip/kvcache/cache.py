@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvzip.attention import Focus
 from kvzip.kvcache import selection
 from kvzip.kvcache.layer import ContextLayer, Observer
 from kvzip.kvcache.sliding import SlidingLayer
@@ -287,15 +288,15 @@ class KVCache(Cache):
                 layer.context = context
 
     @contextmanager
-    def observe(self, observer: Observer) -> Iterator[None]:
-        """Call `observer(layer, module, query, scaling, softcap)` after every attention inside the block."""
+    def observe(self, observer: Observer, focus: Focus | None = None) -> Iterator[None]:
+        """Call `observer` after every attention inside the block, with log-sum-exp over `focus`, None = all keys."""
         for layer in self.context_layers:
-            layer.observer = observer
+            layer.observer, layer.focus = observer, focus
         try:
             yield
         finally:
             for layer in self.context_layers:
-                layer.observer = None
+                layer.observer = layer.focus = None
 
     def compact(self) -> None:
         """Give back memory that holds nothing: tail buffers where no turn is kept, and what sliding windows left."""

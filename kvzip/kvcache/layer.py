@@ -1,16 +1,34 @@
 """One prunable layer: an immutable context store and a tail that grows in place."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from kvzip.attention import BACKENDS, Backend, KVStates, LogicalLength, Padding, RaggedKV
+from kvzip.attention import Backend, Focus, KVStates, LogicalLength, Padding, RaggedKV, attend_focused
 from kvzip.kvcache.tail import Tail, cloned
 
-Observer = Callable[["ContextLayer", nn.Module, Tensor, float, float | None], None]
+
+class Observer(Protocol):
+    """Is called after every attention of a layer that it observes."""
+
+    def __call__(
+        self,
+        layer: "ContextLayer",
+        module: nn.Module,
+        query: Tensor,
+        lse: Tensor,
+        scaling: float,
+        softcap: float | None,
+    ) -> None:
+        """Look at one call.
+
+        Args:
+            query: (1, num_heads, q_len, head_dim).
+            lse: (1, num_heads, q_len) float32 log-sum-exp over the focus, or without one over everything visible.
+        """
 
 
 class ContextLayer(CacheLayerMixin, KVStates):
@@ -39,6 +57,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.context_length = 0
         self.tail = Tail()
         self.observer: Observer | None = None
+        self.focus: Focus | None = None
 
     def __repr__(self) -> str:
         return f"ContextLayer(context={self.sealed_length}, tail={self.tail_length})"
@@ -120,9 +139,14 @@ class ContextLayer(CacheLayerMixin, KVStates):
         if padding is not None:
             self.tail.skip = padding.columns.to(query.device) - self.sealed_length
         tail = self.tail.view()
-        output, _ = self.backend(query, self.context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
+        if self.focus is None:
+            output, lse = self.backend.attend(query, self.context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
+        else:
+            output, lse = attend_focused(
+                self.backend.block, query, self.store, tail, self.focus, scaling=scaling, softcap=softcap, sinks=sinks
+            )
         if self.observer is not None:
-            self.observer(self, module, query, scaling, softcap)
+            self.observer(self, module, query, lse, scaling, softcap)
         return output
 
     # -- what the cache calls ----------------------------------------------------------------------------------------
@@ -152,7 +176,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
     @property
     def is_static(self) -> bool:
         """Whether decoding steps can be captured: the kernel reads the tail's length on the device."""
-        return self.backend is BACKENDS["cuda"].attend
+        return self.backend.static
 
     @property
     def sealed_length(self) -> int:

@@ -1,8 +1,8 @@
 """The fast path of generation: greedy and sampled decoding over a kv, with nothing else between two tokens.
 
 It gives the tokens of transformers' `generate`, which does everything that is not known here. On a GPU the step is
-captured as a CUDA graph where the cache allows it: then it reads its token and its positions from buffers that stay, and
-lengths live on the device.
+captured as a CUDA graph where the cache allows it: then it reads its token and its positions from buffers that stay,
+and lengths live on the device.
 """
 
 from __future__ import annotations
@@ -192,9 +192,7 @@ class _Step:
         if self.capacity is not None:
             self.write_at.copy_(self.length)
             self.length += 1
-        output = self.model(
-            input_ids=self.tokens, position_ids=self.positions, past_key_values=self.kv, use_cache=True
-        )
+        output = self.model(input_ids=self.tokens, position_ids=self.positions, past_key_values=self.kv, use_cache=True)
         logits: Tensor = output.logits[:, -1]
         return logits
 

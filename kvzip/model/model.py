@@ -88,11 +88,9 @@ class ModelKVzip:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, kv_type: str, backend: str
     ) -> None:
         self.model, self.tokenizer, self.name, self.kv_type = model, tokenizer, name, kv_type
-        self.backend, self._attend = resolve_backend(
-            backend, {one.device for one in model.parameters() if not one.is_meta}
-        )
+        self._backend = resolve_backend(backend, {one.device for one in model.parameters() if not one.is_meta})
         self.prompting = Prompting(tokenizer)
-        self._seams = check_architecture(model, self._attend)
+        self._seams = check_architecture(model, self._backend)
 
     # -- properties --------------------------------------------------------------------------------------------------
 
@@ -110,6 +108,11 @@ class ModelKVzip:
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.model.dtype
+
+    @property
+    def backend(self) -> str:
+        """Name of the attention backend."""
+        return self._backend.name
 
     @property
     def layer_devices(self) -> list[torch.device]:
@@ -311,7 +314,7 @@ class ModelKVzip:
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def _empty_kv(self, kv_type: str, needed: int) -> KVCache:
-        return KVCache(make_layers(self.model, self._attend, needed), kv_type=kv_type, model_id=self.model_id)
+        return KVCache(make_layers(self.model, self._backend, needed), kv_type=kv_type, model_id=self.model_id)
 
     def _load_head_scores(self, source: bool | str | PathLike[str] | Sequence[str]) -> head_scores.HeadScores | None:
         if source is False:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from kvzip.attention import Focus
 from kvzip.kvcache import ContextLayer, KVCache
 from kvzip.model.prompting import Prompting
 from kvzip.scoring import AttentionCall, LayerView, ScoringContext
@@ -57,19 +59,27 @@ def scoring_context(
     rows = {id(layer): row for row, layer in enumerate(kv.context_layers)}
 
     def replay(
-        ids: Sequence[int], on_attention: Callable[[AttentionCall], None], *, hidden_states: bool = False
+        ids: Sequence[int],
+        on_attention: Callable[[AttentionCall], None],
+        *,
+        focus: Focus | None = None,
+        hidden_states: bool = False,
     ) -> None:
         inputs: dict[nn.Module, Tensor] = {}
 
         def observer(
-            layer: ContextLayer, module: nn.Module, query: Tensor, scaling: float, softcap: float | None
+            layer: ContextLayer, module: nn.Module, query: Tensor, lse: Tensor, scaling: float, softcap: float | None
         ) -> None:
             keys, values = (states[0, :, -query.shape[2] :] for states in layer.tail.states)
             hidden = inputs.pop(module) if hidden_states else None
-            row = rows[id(layer)]
-            on_attention(AttentionCall(row, module, query[0], keys, values, scaling, softcap, hidden))
+            column_max = partial(layer.backend.column_max, scaling=scaling, softcap=softcap)
+            on_attention(
+                AttentionCall(
+                    rows[id(layer)], module, query[0], keys, values, scaling, softcap, lse[0], column_max, hidden
+                )
+            )
 
-        with kv.scratch(), kv.observe(observer), _inputs_of(modules.values() if hidden_states else (), inputs):
+        with kv.scratch(), kv.observe(observer, focus), _inputs_of(modules.values() if hidden_states else (), inputs):
             feed(model, kv, ids)
 
     return ScoringContext(

@@ -8,6 +8,8 @@ from typing import ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kvzip.attention import Focus
+
 T = TypeVar("T")
 
 
@@ -49,6 +51,10 @@ class AttentionCall:
         query: (num_heads, q_len, head_dim), after RoPE.
         new_keys, new_values: (num_key_value_heads, q_len, head_dim), the states of the replayed ids themselves.
         scaling, softcap: how the module forms logits.
+        lse: (num_heads, q_len) float32, log-sum-exp of each row's logits over the focus, or without one over all keys:
+            attention weights are exp(logit - lse).
+        column_max: (query, keys, lse) -> (num_heads, n) float32, the largest logit minus lse that each key gets, by the
+            model's backend; keys (num_key_value_heads, n, head_dim). Nothing of size q_len x n is held.
         hidden_states: (q_len, hidden_size), the module's input, where it was asked for.
     """
 
@@ -59,6 +65,8 @@ class AttentionCall:
     new_values: Tensor
     scaling: float
     softcap: float | None
+    lse: Tensor
+    column_max: Callable[[Tensor, Tensor, Tensor], Tensor]
     hidden_states: Tensor | None = None
 
 
@@ -66,9 +74,20 @@ class Replay(Protocol):
     """Run ids over the whole cached context, positions going on from its end, and forget their states again."""
 
     def __call__(
-        self, ids: Sequence[int], on_attention: Callable[[AttentionCall], None], *, hidden_states: bool = False
+        self,
+        ids: Sequence[int],
+        on_attention: Callable[[AttentionCall], None],
+        *,
+        focus: Focus | None = None,
+        hidden_states: bool = False,
     ) -> None:
-        """Call `on_attention` once a prunable layer."""
+        """Call `on_attention` once a prunable layer.
+
+        Args:
+            focus: keys over which `AttentionCall.lse` is formed: stored positions [0, sink) and [start, stop), counted
+                with the prefix, and the replayed ids (causal).
+            hidden_states: give each module's input too.
+        """
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Every chunk of the context is repeated once, teacher-forced, over the whole cache. A pair's score is the largest weight
 that any query head of its group, at any fed id, gives it in a softmax over {prefix, the chunk, the fed ids so far}.
-Nothing of size q_len x context_len is held: a tile of rows against those keys is, and its size is fixed.
+Nothing of size q_len x context_len is held: attention gives that softmax's normaliser on its way, and one more product
+of queries and the chunk's keys is reduced to its column maxima.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvzip.attention.reference import logits_of, tile_logits
+from kvzip.attention import Focus
 from kvzip.scoring.base import AttentionCall, ScoringContext
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
@@ -74,53 +75,31 @@ def score_reconstructions(
         start, stop = context.prefix_length + item.start, context.prefix_length + item.stop
         sink = context.prefix_length if n_sink is None else min(n_sink, start)
 
-        def on_attention(call: AttentionCall, start: int = start, stop: int = stop, sink: int = sink) -> None:
+        def on_attention(call: AttentionCall, start: int = start, stop: int = stop) -> None:
             layer = context.layers[call.row]
-            keys = torch.cat([layer.all_keys[:, :sink], layer.all_keys[:, start:stop], call.new_keys], dim=1)
-            weights = None if weighting is None else weighting(call, layer.all_values[:, start:stop])
-            columns = slice(sink, sink + stop - start)
-            found = max_attention(call.query, keys, columns, call.scaling, call.softcap, weights)
-            scores[call.row, :, start - context.prefix_length : stop - context.prefix_length] = found.cpu()
+            keys, values = layer.all_keys[:, start:stop], layer.all_values[:, start:stop]
+            weights = None if weighting is None else weighting(call, values)
+            columns = slice(start - context.prefix_length, stop - context.prefix_length)
+            scores[call.row, :, columns] = largest_weights(call, keys, weights).cpu()
 
-        context.replay(item.ids, on_attention, hidden_states=weighting is not None)
+        context.replay(item.ids, on_attention, focus=Focus(sink, start, stop), hidden_states=weighting is not None)
     return scores
 
 
-def max_attention(
-    query: Tensor,
-    keys: Tensor,
-    columns: slice,
-    scaling: float,
-    softcap: float | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Return the largest attention weight that each key in `columns` gets, over a group's query heads and all rows.
+def largest_weights(call: AttentionCall, keys: Tensor, weights: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Return the largest attention weight that each key gets, over a group's query heads and all rows.
+
+    The softmax is the one that `call.lse` normalises, so that one product of queries and keys is all there is to do.
 
     Args:
-        query: (num_heads, q_len, head_dim).
-        keys: (num_key_value_heads, kv_len, head_dim); the last q_len are the query's own, causal; the rest all visible.
-        columns: which keys to report.
-        weights: (num_heads, q_len) and (num_heads, number of columns) factors applied before the maximum.
+        keys: (num_key_value_heads, n, head_dim), among those that `call.lse` covers.
+        weights: (num_heads, q_len) and (num_heads, n) factors, not negative, applied before the maximum.
 
     Returns:
-        (num_key_value_heads, number of columns) float32.
+        (num_key_value_heads, n) float32.
     """
-    num_heads, q_len, head_dim = query.shape
-    num_kv_heads, kv_len, _ = keys.shape
-    groups, seen = num_heads // num_kv_heads, kv_len - q_len
-    grouped = query.view(num_kv_heads, groups, q_len, head_dim)
-    best = torch.zeros(num_kv_heads, columns.stop - columns.start, device=query.device)
-    step = max(1, tile_logits(query.device) // (num_heads * kv_len))
-    own = torch.arange(q_len, device=query.device)
-    for a in range(0, q_len, step):
-        b = min(a + step, q_len)
-        rows = grouped[:, :, a:b].reshape(num_kv_heads, groups * (b - a), head_dim)
-        logits = logits_of(rows, keys[:, : seen + b], scaling, softcap).view(num_kv_heads, groups, b - a, seen + b)
-        logits[..., seen:].masked_fill_(own[:b] > own[a:b, None], -torch.inf)
-        attention = torch.softmax(logits, dim=-1)[..., columns]
-        if weights is not None:
-            by_row, by_column = weights
-            attention = attention * by_column.view(num_kv_heads, groups, 1, -1)
-            attention = attention * by_row[:, a:b].reshape(num_kv_heads, groups, b - a, 1)
-        best = torch.maximum(best, attention.amax((1, 2)))
-    return best
+    lse = call.lse if weights is None else call.lse - weights[0].log()
+    best = call.column_max(call.query, keys, lse).exp()
+    if weights is not None:
+        best = best * weights[1]
+    return best.view(keys.shape[0], -1, keys.shape[1]).amax(1)

@@ -5,11 +5,12 @@ import logging
 import pytest
 import torch
 
-from kvzip.attention import BACKENDS, RaggedKV, reference, resolve_backend
+from kvzip.attention import BACKENDS, RaggedKV, TailKV, cpu, reference, resolve_backend
 from kvzip.attention.combine import merge
 from kvzip.kvcache import ContextLayer
+from tests.attention import problems
+from tests.attention.problems import DTYPES, SCALING, missing, naive, problem, random
 
-SCALING = 0.21
 CONTEXTS = {
     "none": None,
     "all-empty": (0, 0, 0, 0),
@@ -18,66 +19,19 @@ CONTEXTS = {
     "ragged": (0, 1025, 1, 97),
     "ragged-last-empty": (64, 65, 3, 0),
 }
+ON_A_CPU = [name for name, info in BACKENDS.items() if info.devices is None or "cpu" in info.devices]
+
+each_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.skipif(bool(missing(name)), reason=missing(name))) for name in ON_A_CPU]
+)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
-def random(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def problem(*, lengths=(97,) * 4, groups=2, q_len=2, past=65, head_dim=8, dtype=torch.float32, mask=None):
-    """Arguments of a backend: query, context, tail keys, tail values."""
-    kv_heads, tail_len = 4 if lengths is None else len(lengths), past + q_len
-    total = sum(lengths or ())
-    context = None
-    if lengths is not None:
-        context = RaggedKV(random(1, total, head_dim).to(dtype), random(2, total, head_dim).to(dtype), lengths, mask)
-    query = random(3, 1, kv_heads * groups, q_len, head_dim).to(dtype)
-    tail = [random(seed, 1, kv_heads, tail_len, head_dim).to(dtype) for seed in (4, 5)]
-    return query, context, *tail
-
-
-def naive(query, context, tail_keys, tail_values, *, scaling=SCALING, softcap=None, dtype=torch.float64, sinks=None):
-    """Softmax over everything, one query head at a time; output and log-sum-exp in `dtype`."""
-    _, heads, q_len, _ = query.shape
-    kv_heads, tail_len = tail_keys.shape[1:3]
-    outputs, sums = [], []
-    starts = [0] * kv_heads if context is None else context.cu_seqlens_k.tolist()
-    for head in range(heads):
-        k = head // (heads // kv_heads)
-        keys, values = tail_keys[0, k], tail_values[0, k]
-        if context is not None:
-            own = slice(starts[k], starts[k + 1])
-            shown = slice(None) if context.mask is None else context.mask[k]
-            keys = torch.cat([context.keys[own][shown], keys])
-            values = torch.cat([context.values[own][shown], values])
-        logits = (query[0, head].to(dtype) @ keys.to(dtype).T) * scaling
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        hidden = torch.ones(q_len, tail_len, dtype=torch.bool).triu(tail_len - q_len + 1)
-        logits[:, len(keys) - tail_len :].masked_fill_(hidden, -torch.inf)
-        if sinks is not None:
-            logits = torch.cat([logits, sinks[head].to(dtype).expand(q_len, 1)], dim=1)
-            values = torch.cat([values, torch.zeros_like(values[:1])])
-        outputs.append(logits.softmax(-1) @ values.to(dtype))
-        sums.append(logits.logsumexp(-1))
-    return torch.stack(outputs)[None], torch.stack(sums)[None]
-
-
-def check(backend, arguments, *, softcap=None):
-    output, lse = BACKENDS[backend](*arguments, scaling=SCALING, softcap=softcap)
-    exact, exact_lse = naive(*arguments, softcap=softcap)
-    assert output.shape == exact.shape
-    assert lse.shape == exact_lse.shape
-    assert output.dtype == lse.dtype == torch.float32
-    dtype = arguments[0].dtype
-    plain, _ = naive(*arguments, softcap=softcap, dtype=dtype)
-    allowed = 2 * float((plain.double() - exact).abs().max()) + torch.finfo(torch.float32).eps * 8
-    assert float((output.double() - exact).abs().max()) <= allowed
-    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-5)
-
-
-each_backend = pytest.mark.parametrize("backend", sorted(BACKENDS))
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def check(backend, arguments, **options):
+    """PyTorch's fused attention, which does long queries, keeps its log-sum-exp in less than float32."""
+    fused = backend == "torch" or (backend == "cpu" and arguments[0].shape[2] > cpu.MOST_QUERY_TOKENS)
+    low = fused and arguments[0].dtype != torch.float32
+    problems.check(backend, *arguments, lse_atol=2e-2 if low else 1e-5, **options)
 
 
 @each_backend
@@ -104,6 +58,13 @@ def test_head_dim_and_softcap(backend, dtype, head_dim, softcap):
     check(backend, problem(lengths=(97, 0, 1), head_dim=head_dim, q_len=3, dtype=dtype), softcap=softcap)
 
 
+@each_backend
+@pytest.mark.parametrize("head_dim", [6, 12, 33])
+def test_any_head_dim(backend, head_dim):
+    """The contract names no multiple that a head_dim must be of."""
+    check(backend, problem(lengths=(97, 0, 1), head_dim=head_dim, q_len=3))
+
+
 def masks(length):
     """Retain masks: one head sees nothing, one everything, one its first row only, one nothing of a long beginning."""
     mask = torch.zeros(4, length, dtype=torch.bool)
@@ -121,25 +82,77 @@ def test_masked_context(backend, dtype, softcap, length, q_len):
 
 
 @each_backend
+@each_dtype
+@pytest.mark.parametrize("lengths", [None, (0, 130, 1, 97)], ids=["none", "ragged"])
+@pytest.mark.parametrize(("q_len", "past"), [(1, 0), (1, 70), (5, 0), (70, 3)])
+def test_a_batch_shares_the_context_and_has_tails_of_its_own(backend, dtype, lengths, q_len, past):
+    """Spare capacity of the tail is NaN: nobody reads it."""
+    check(backend, problem(lengths=lengths, q_len=q_len, past=past, dtype=dtype, batch=3, spare=7))
+
+
+SKIPS = {
+    "in the past": (1, [[0, 3], [2, 4], [0, 0]]),
+    "up to the query": (1, [[0, 5], [4, 5], [5, 5]]),
+    "into the query": (4, [[5, 7], [3, 8], [0, 6]]),
+    "a kept turn before it": (4, [[2, 5], [2, 8], [2, 2]]),
+    "right of the query": (4, [[7, 9], [8, 9], [9, 9]]),
+    "inside the query": (4, [[6, 7], [6, 8], [7, 8]]),
+}
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("where", SKIPS)
+def test_padding_of_a_batch_is_not_seen(backend, dtype, where):
+    """Keys in a row's `skip` are as if they were not there, wherever they lie; NaN in them too."""
+    q_len, skip = SKIPS[where]
+    query, context, tail = problem(q_len=q_len, past=5, dtype=dtype, batch=3, spare=2, skip=skip)
+    check(backend, (query, context, tail))
+
+
+@each_backend
+def test_a_row_whose_whole_query_is_padding_is_finite(backend):
+    query, context, tail = problem(q_len=3, past=2, batch=2, skip=[[0, 5], [2, 5]])
+    output, lse = BACKENDS[backend].attend(query, context, tail, scaling=SCALING)
+    assert bool(output.isfinite().all())
+    assert not bool(lse.isnan().any())
+    check(backend, problem(q_len=3, past=2, batch=2, skip=[[0, 4], [2, 4]]))
+
+
+@each_backend
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_the_cursor_is_the_length(backend, q_len):
+    """With a cursor, `length` only bounds it: results are those of a tail of that length, to the bit."""
+    query, context, tail = problem(q_len=q_len, past=66, batch=2)
+    for shorter in (0, 1, 5):
+        length = tail.length - shorter
+        there = TailKV(tail.keys, tail.values, tail.length, cursor=torch.tensor([length]))
+        found = BACKENDS[backend].attend(query, context, there, scaling=SCALING)
+        expected = BACKENDS[backend].attend(query, context, TailKV(tail.keys, tail.values, length), scaling=SCALING)
+        assert all(map(torch.equal, found, expected))
+
+
+@each_backend
 def test_a_fully_masked_context_is_no_context(backend):
-    hidden = problem(mask=torch.zeros(4, 97, dtype=torch.bool))
-    masked = BACKENDS[backend](*hidden, scaling=SCALING)
-    without = BACKENDS[backend](hidden[0], None, *hidden[2:], scaling=SCALING)
+    query, context, tail = problem(mask=torch.zeros(4, 97, dtype=torch.bool))
+    masked = BACKENDS[backend].attend(query, context, tail, scaling=SCALING)
+    without = BACKENDS[backend].attend(query, None, tail, scaling=SCALING)
     torch.testing.assert_close(masked, without)
 
 
 @each_backend
-def test_values_may_have_another_width_than_keys(backend):
-    query, context, keys, values = problem(lengths=(5, 97))
-    context = RaggedKV(context.keys, context.values[:, :6], context.lengths)
-    check(backend, (query, context, keys, values[..., :6]))
+@pytest.mark.parametrize("width", [6, 16, 24])
+def test_values_may_have_another_width_than_keys(backend, width):
+    query, context, tail = problem(lengths=(5, 97))
+    context = RaggedKV(context.keys, random(7, 102, width), context.lengths)
+    check(backend, (query, context, TailKV(tail.keys, random(8, 1, 2, tail.length, width), tail.length)))
 
 
 @each_backend
 def test_large_logits_do_not_overflow(backend):
-    query, context, keys, values = problem(q_len=3)
-    output, lse = BACKENDS[backend](query * 1e3, context, keys, values, scaling=SCALING)
-    exact, exact_lse = naive(query * 1e3, context, keys, values)
+    query, context, tail = problem(q_len=3)
+    output, lse = BACKENDS[backend].attend(query * 1e3, context, tail, scaling=SCALING)
+    exact, exact_lse = naive(query * 1e3, context, tail)
     torch.testing.assert_close(output.double(), exact, atol=2e-3, rtol=0)
     torch.testing.assert_close(lse.double(), exact_lse, atol=0, rtol=1e-5)
 
@@ -148,23 +161,32 @@ def test_large_logits_do_not_overflow(backend):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("lengths", [(97,) * 4, (97, 1, 5, 64)], ids=["uniform", "ragged"])
 def test_nan_and_infinity_stay_in_their_head(backend, bad, lengths):
-    query, context, keys, values = problem(lengths=lengths, q_len=2)
-    clean, clean_lse = BACKENDS[backend](query, context, keys, values, scaling=SCALING)
+    query, context, tail = problem(lengths=lengths, q_len=2)
+    clean, clean_lse = BACKENDS[backend].attend(query, context, tail, scaling=SCALING)
     for tensor in (context.keys, context.values):
         tensor[: lengths[0]] = bad
-    keys[:, 0], values[:, 0] = bad, bad
-    output, lse = BACKENDS[backend](query, context, keys, values, scaling=SCALING)
-    assert output[:, :2].isnan().any()
-    torch.testing.assert_close((output[:, 2:], lse[:, 2:]), (clean[:, 2:], clean_lse[:, 2:]))
+    tail.keys[:, 0], tail.values[:, 0] = bad, bad
+    output, lse = BACKENDS[backend].attend(query, context, tail, scaling=SCALING)
+    assert output[:, :, :2].isnan().any()
+    torch.testing.assert_close((output[:, :, 2:], lse[:, 2:]), (clean[:, :, 2:], clean_lse[:, 2:]))
 
 
 @pytest.mark.parametrize("tile", [1, 64, 777, 5000])
 @pytest.mark.parametrize("masked", [False, True])
 def test_tile_size_does_not_matter(monkeypatch, tile, masked):
     arguments = problem(lengths=(1025,) * 4, q_len=97, mask=masks(1025) if masked else None)
-    whole = BACKENDS["reference"](*arguments, scaling=SCALING)
+    whole = reference.attend(*arguments, scaling=SCALING)
     monkeypatch.setitem(reference.TILE_LOGITS, "cpu", tile)
-    torch.testing.assert_close(BACKENDS["reference"](*arguments, scaling=SCALING), whole, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(reference.attend(*arguments, scaling=SCALING), whole, atol=2e-6, rtol=1e-5)
+
+
+@each_backend
+@each_dtype
+def test_sinks_and_softcap_in_every_precision(backend, dtype):
+    """The log-sum-exp is without the sinks, which the output's weights are with."""
+    arguments = problem(lengths=(97, 0, 1), q_len=3, dtype=dtype, batch=2)
+    check(backend, arguments, sinks=random(10, 6))
+    check(backend, arguments, sinks=random(10, 6).to(dtype), softcap=2.0)
 
 
 @each_backend
@@ -182,9 +204,9 @@ def test_sinks_take_part_in_the_softmax(backend, pruned):
     layer.update(states[0][:, :, 27:], states[1][:, :, 27:])
     query, sinks = random(9, 1, 8, 3, 8), random(10, 8)
     output = layer.attend(None, query, scaling=SCALING, sinks=sinks)
-    exact, _ = naive(query, layer.context, *layer.tail.states, sinks=sinks)
+    exact, _ = naive(query, layer.context, layer.tail.view(), sinks=sinks)
     assert output.shape == (1, 3, 8, 8)
-    torch.testing.assert_close(output.transpose(1, 2).double(), exact, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(output.double(), exact, atol=2e-6, rtol=1e-5)
 
 
 def pieces():
@@ -223,14 +245,24 @@ def test_unknown_backend_names_the_choices(name):
     assert repr(name) in str(error.value)
 
 
-def test_backend_that_cannot_run_on_the_devices_is_refused_not_replaced():
-    with pytest.raises(ValueError, match=r"cuda.*'reference'"):
-        resolve_backend("torch", [CPU, CUDA])
-    assert resolve_backend("reference", [CPU, CUDA])[0] == "reference"
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [("cpu", [CUDA]), ("cpu", [CPU, CUDA]), ("cuda", [CPU]), ("flash", [CPU, CUDA]), ("torch", [torch.device("mps")])],
+)
+def test_backend_that_cannot_run_on_the_devices_is_refused_not_replaced(name, devices):
+    with pytest.raises(ValueError, match=f"backend '{name}' computes on .*but layers are on .*'reference'"):
+        resolve_backend(name, devices)
+    assert resolve_backend("reference", devices) is BACKENDS["reference"]
 
 
+def test_torch_runs_where_layers_are_on_both():
+    assert resolve_backend("torch", [CPU, CUDA]) is BACKENDS["torch"]
+
+
+@pytest.mark.skipif(bool(missing("cpu")), reason=missing("cpu"))
 def test_auto_says_what_it_chose(caplog):
     with caplog.at_level(logging.INFO, logger="kvzip"):
-        assert resolve_backend("auto", [CPU]) == ("torch", BACKENDS["torch"])
-        assert resolve_backend("auto", [CUDA, CPU])[0] == "reference"
-    assert [record.args[0] for record in caplog.records] == ["torch", "reference"]
+        assert resolve_backend("auto", [CPU]) is BACKENDS["cpu"]
+        assert resolve_backend("auto", [CUDA, CPU]).name == "torch"
+        assert resolve_backend("auto", [torch.device("mps")]).name == "reference"
+    assert [record.args[0] for record in caplog.records] == ["cpu", "torch", "reference"]

@@ -7,6 +7,7 @@ both at once is the long plateau at the start of training; giving a rough versio
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM
 
 EMBEDDING_SCALE = 8.0  # times initializer_range: the token stays visible beside what the layers add
@@ -74,10 +75,11 @@ def initialize(model: LlamaForCausalLM, *, seed: int) -> None:
 
 @torch.no_grad()
 def load_grown(model: LlamaForCausalLM, start: LlamaForCausalLM) -> None:
-    """Copy the weights of `start`, which may have fewer layers, into `model`.
+    """Copy the weights of `start`, with fewer layers or narrower heads perhaps, into `model`, which computes the same.
 
-    The layers that `start` lacks go in behind its second one. They begin as the identity, with output matrices of
-    zero, so that the model computes what `start` did and learns what to do with them.
+    Layers that `start` lacks go in behind its second one and begin as the identity, with output matrices of zero.
+    Wider heads keep the RoPE frequencies that they had, every second one of the new ones; what is new in them is read
+    by queries and outputs of zero.
     """
     have, want = len(start.model.layers), len(model.model.layers)
     new = range(2, 2 + want - have)
@@ -86,7 +88,27 @@ def load_grown(model: LlamaForCausalLM, start: LlamaForCausalLM) -> None:
         model.model.layers[index].self_attn.o_proj.weight.zero_()
         model.model.layers[index].mlp.down_proj.weight.zero_()
     for index, layer in zip(kept, start.model.layers, strict=True):
-        model.model.layers[index].load_state_dict(layer.state_dict())
+        _load_layer(model.model.layers[index], layer, start.config.head_dim or 0, model.config.head_dim or 0)
     for name in ("embed_tokens", "norm"):
         getattr(model.model, name).load_state_dict(getattr(start.model, name).state_dict())
     model.lm_head.load_state_dict(start.lm_head.state_dict())
+
+
+def _load_layer(layer: nn.Module, old: nn.Module, old_dim: int, dim: int) -> None:
+    if dim == old_dim:
+        layer.load_state_dict(old.state_dict())
+        return
+    for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
+        getattr(layer, name).load_state_dict(getattr(old, name).state_dict())
+    half, times = torch.arange(old_dim // 2), dim // old_dim
+    rotary = torch.cat([half * times, dim // 2 + half * times])
+    for name, inner, scale in (("q", rotary, times**0.5), ("k", rotary, 1.0), ("v", torch.arange(old_dim), 1.0)):
+        to, source = (getattr(one.self_attn, f"{name}_proj").weight for one in (layer, old))
+        if name == "q":
+            to.zero_()
+        rows = (torch.arange(len(source) // old_dim)[:, None] * dim + inner).flatten()
+        to[rows] = source * scale
+    to, source = layer.self_attn.o_proj.weight, old.self_attn.o_proj.weight
+    to.zero_()
+    columns = (torch.arange(source.shape[1] // old_dim)[:, None] * dim + torch.arange(old_dim)).flatten()
+    to[:, columns] = source

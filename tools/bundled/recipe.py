@@ -21,7 +21,7 @@ FEWEST = 0.08  # weight of a task that is always right; the others are drawn by 
 
 
 def model_config(pad: int, bos: int, eos: int) -> LlamaConfig:
-    """Return a 3.8 M parameter Llama: 5 layers, 8 query and 2 KV heads of 32."""
+    """Return a 4.7 M parameter Llama: 5 layers, 8 query and 2 KV heads of 64."""
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -29,7 +29,7 @@ def model_config(pad: int, bos: int, eos: int) -> LlamaConfig:
         num_hidden_layers=5,
         num_attention_heads=8,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=64,
         max_position_embeddings=MAX_LENGTH,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=False,
@@ -69,10 +69,10 @@ class Stage:
 STAGES = (
     Stage("induction", (96, 160), 2048, 1.0, 0.0, (8, 64), 1.5e-3, until=0.9),
     Stage("gentle", (96, 256), 4096, 0.35, 0.4, (16, 128), 1.5e-3, until=0.6, share=0.1),
-    Stage("mix-224", (64, 224), 4096, repeats=0.1, until=0.95, share=0.2),
-    Stage("mix-384", (64, 384), 4096, repeats=0.1, until=0.95, share=0.3),
-    Stage("mix-768", (64, 768), 6144, repeats=0.1, until=0.95, share=0.5),
-    Stage("mix-1k", (64, 1200), 6144, repeats=0.15, until=0.95, share=0.68),
+    Stage("mix-224", (64, 224), 4096, repeats=0.1, until=0.95, share=0.12),
+    Stage("mix-384", (64, 384), 4096, repeats=0.1, until=0.95, share=0.25),
+    Stage("mix-768", (64, 768), 6144, repeats=0.1, until=0.95, share=0.45),
+    Stage("mix-1k", (64, 1200), 6144, repeats=0.15, until=0.95, share=0.65),
     Stage("mix-2k", (64, 2300), 8192),
 )
 

@@ -14,7 +14,7 @@ constexpr DeviceLimits kDevice{8, 3, 167936, 166912, 1024};
 
 }  // namespace
 
-Workspace plan_attend(AttendParams& p, DType dtype, int head_dim) {
+Workspace plan_attend(AttendParams& p, DType dtype, int head_dim, const Place&) {
   const int rows = rows_of(p, dtype, head_dim);
   with_math(dtype, head_dim, rows, [&](auto type) {
     using Math = typename decltype(type)::type;
@@ -27,7 +27,7 @@ Workspace plan_attend(AttendParams& p, DType dtype, int head_dim) {
   return {partial_rows * head_dim, partial_rows * 2};
 }
 
-void launch_attend(const AttendParams& p, DType dtype, int head_dim, void*) {
+void launch_attend(const AttendParams& p, DType dtype, int head_dim, const Place&) {
   emulation::forget_reads();
   emulation::allow_reads(nullptr, SIZE_MAX);  // the driver in main.cpp checks what is read
   with_math(dtype, head_dim, rows_of(p, dtype, head_dim), [&](auto type) {
@@ -40,7 +40,7 @@ void launch_attend(const AttendParams& p, DType dtype, int head_dim, void*) {
   });
 }
 
-void launch_column_max(ColumnMaxParams p, DType dtype, int head_dim, void*) {
+void launch_column_max(ColumnMaxParams p, DType dtype, int head_dim, const Place&) {
   emulation::forget_reads();
   emulation::allow_reads(nullptr, SIZE_MAX);
   p.splits = std::min(2, (p.q_len + 63) / 64);

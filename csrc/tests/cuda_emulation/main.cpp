@@ -1,6 +1,6 @@
 // Runs the CUDA kernels under emulation and compares them with float64. Build and run, in this directory:
 //
-//   g++ -std=c++17 -O2 -Wno-unknown-pragmas -I. -I../../cuda -I../../include emulation.cpp main.cpp -o /tmp/emulated
+//   g++ -std=c++17 -O2 -Wno-unknown-pragmas -I. -I../../cuda -I../../include emulation.cpp instructions.cpp main.cpp -o /tmp/emulated
 //   /tmp/emulated            # prints a line per case; exit status 1 if one fails
 //
 // A case passes if its largest error is at most twice that of a fused SDPA in the same precision (Call::baseline), and its
