@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | train ...  Everything runs in .venv, which `install` makes.
+# make demo | test | lint | bench | kernels | gpu-check | train ...  Everything runs in .venv, which `install` makes.
 #
 # TORCH_INDEX: where torch comes from. Empty: PyPI, whose Linux build runs on CUDA and CPU machines alike, but is large.
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu     the small CPU-only build
@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 PY := $(VENV)/bin/python
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test lint bench kernels wheel train measure clean
+.PHONY: install demo test lint bench kernels gpu-check wheel train measure clean
 
 install: $(VENV)/.installed
 
@@ -30,12 +30,18 @@ lint: install
 	$(PY) -m mypy
 
 bench: install
+	$(PY) benchmarks/bench_decode_attention.py
 	$(PY) benchmarks/bench_generate.py
+	$(PY) benchmarks/bench_scoring.py
 	$(PY) benchmarks/bench_scoring_memory.py
 
 # Compiles the C++ and, with nvcc, the CUDA kernels into the cache folder; otherwise the first use does.
 kernels: install
 	$(PY) -c "from kvzip.attention.build import build_all; build_all()"
+
+# On a CUDA machine: builds, checks against float64, runs compute-sanitizer and the GPU benchmarks.
+gpu-check: install
+	$(PY) -m tools.gpu_check
 
 wheel: install
 	$(PY) -m build --wheel

@@ -23,20 +23,23 @@ int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Where the parts of a workspace lie. A partial result is head_rows * (batch or 1) rows of
 // [v_head_dim unnormalised outputs, maximum, sum].
 struct Layout {
+  int64_t context_workers, tail_workers;  // of those there are, the ones that have a share of the tiles
   int64_t context_rows, tail_rows, record, context_slots;
 
   explicit Layout(const Attention& a, int64_t workers)
-      : context_rows(a.batch * a.head_rows()),
+      : context_workers(active(workers, a.context_tiles())),
+        tail_workers(active(workers, a.tail_tiles())),
+        context_rows(a.batch * a.head_rows()),
         tail_rows(a.head_rows()),
         record(padded(a.v_head_dim, kLanes) + kLanes),
-        context_slots(a.context_tiles() ? slots(workers, a.num_kv_heads) : 0) {}
+        context_slots(a.context_tiles() ? slots(context_workers, a.num_kv_heads) : 0) {}
 
   float* context(float* base, int64_t slot) const { return base + slot * context_rows * record; }
   float* tail(float* base, int64_t slot) const {
     return base + (context_slots * context_rows + slot * tail_rows) * record;
   }
-  int64_t floats(const Attention& a, int64_t workers) const {
-    const int64_t tail_slots = slots(workers, a.batch * a.num_kv_heads);
+  int64_t floats(const Attention& a) const {
+    const int64_t tail_slots = slots(tail_workers, a.batch * a.num_kv_heads);
     return (context_slots * context_rows + tail_slots * tail_rows) * record;
   }
 };
@@ -214,8 +217,8 @@ class Rows {
 };
 
 template <class T>
-void attend_context(const Attention& a, int64_t worker, int64_t workers, const Layout& layout, float* workspace) {
-  const int64_t tiles = a.context_tiles();
+void attend_context(const Attention& a, int64_t worker, const Layout& layout, float* workspace) {
+  const int64_t tiles = a.context_tiles(), workers = layout.context_workers;
   const int64_t end = worker_begin(worker + 1, workers, tiles);
   for (int64_t t = worker_begin(worker, workers, tiles); t < end;) {
     const int head = head_of(t, a.cu_tiles, static_cast<int>(a.num_kv_heads));
@@ -252,7 +255,8 @@ void attend_context(const Attention& a, int64_t worker, int64_t workers, const L
 }
 
 template <class T>
-void attend_tail(const Attention& a, int64_t worker, int64_t workers, const Layout& layout, float* workspace) {
+void attend_tail(const Attention& a, int64_t worker, const Layout& layout, float* workspace) {
+  const int64_t workers = layout.tail_workers;
   const int64_t per_item = tiles_of(a.tail_length), tiles = a.tail_tiles(), past = a.tail_length - a.q_len;
   const int64_t end = worker_begin(worker + 1, workers, tiles);
   for (int64_t t = worker_begin(worker, workers, tiles); t < end;) {
@@ -300,8 +304,8 @@ void attend_tail(const Attention& a, int64_t worker, int64_t workers, const Layo
 template <class T>
 void attend_typed(const Attention& a, int64_t worker, int64_t workers, float* workspace) {
   const Layout layout(a, workers);
-  if (a.context_tiles()) attend_context<T>(a, worker, workers, layout, workspace);
-  attend_tail<T>(a, worker, workers, layout, workspace);
+  if (worker < layout.context_workers) attend_context<T>(a, worker, layout, workspace);
+  if (worker < layout.tail_workers) attend_tail<T>(a, worker, layout, workspace);
 }
 
 // Merge the records at `first`, `stride` floats apart, `count` of them, into `sum` of the same form.
@@ -332,13 +336,13 @@ void merge_typed(const Attention& a, int64_t workers, const float* workspace, in
       float* sum = scratch.zeros(layout.record);
       sum[layout.record - 2] = -kInfinity;
       if (context_tiles && a.cu_tiles[head] < a.cu_tiles[head + 1]) {
-        const int64_t first = owner(a.cu_tiles[head], workers, context_tiles);
-        const int64_t last = owner(a.cu_tiles[head + 1] - 1, workers, context_tiles);
+        const int64_t first = owner(a.cu_tiles[head], layout.context_workers, context_tiles);
+        const int64_t last = owner(a.cu_tiles[head + 1] - 1, layout.context_workers, context_tiles);
         const float* record = layout.context(base, first + head) + (b * layout.tail_rows + r) * layout.record;
         merge_records(record, layout.context_rows * layout.record, last - first + 1, layout.record, sum);
       }
-      const int64_t first = owner(item * per_item, workers, tail_tiles);
-      const int64_t last = owner((item + 1) * per_item - 1, workers, tail_tiles);
+      const int64_t first = owner(item * per_item, layout.tail_workers, tail_tiles);
+      const int64_t last = owner((item + 1) * per_item - 1, layout.tail_workers, tail_tiles);
       const float* record = layout.tail(base, first + item) + r * layout.record;
       merge_records(record, layout.tail_rows * layout.record, last - first + 1, layout.record, sum);
 
@@ -366,7 +370,7 @@ void by_type(DType dtype, Function function) {
   }
 }
 
-int64_t workspace(const Attention& a, int64_t workers) { return Layout(a, workers).floats(a, workers); }
+int64_t workspace(const Attention& a, int64_t workers) { return Layout(a, workers).floats(a); }
 
 void attend(const Attention& a, int64_t worker, int64_t workers, float* space) {
   by_type(a.dtype, [&](auto x) { attend_typed<decltype(x)>(a, worker, workers, space); });

@@ -59,28 +59,27 @@ struct Attend {
 
   // Starts the copy of this warp's part of a step.
   __device__ __forceinline__ void fetch(const Steps& walk, int stage) const {
-    constexpr int kElement = sizeof(typename Math::Element);
     const int position = walk.position() + warp * kWarpKeys;
-    const char *keys, *values;
-    int64_t key_stride = Math::kRowBytes, value_stride = Math::kRowBytes;
-    if (walk.in_tail) {
-      const int pair = walk.item / p.tail_row_blocks;
-      const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads;
-      key_stride = p.tail_key_strides.token * kElement;
-      value_stride = p.tail_value_strides.token * kElement;
-      keys = static_cast<const char*>(p.tail_keys) +
-             (b * p.tail_key_strides.batch + h * p.tail_key_strides.head) * kElement + position * key_stride;
-      values = static_cast<const char*>(p.tail_values) +
-               (b * p.tail_value_strides.batch + h * p.tail_value_strides.head) * kElement + position * value_stride;
-    } else {
+    const uint32_t to_keys = ring + stage * Memory::kStageBytes, to_values = to_keys + kWarpKeys * Math::kRowBytes;
+    if (!walk.in_tail) {
       const int64_t offset = (walk.first_row + position) * Math::kRowBytes;
-      keys = static_cast<const char*>(p.keys) + offset;
-      values = static_cast<const char*>(p.values) + offset;
+      const int rows = walk.length - position;
+      const char *keys = static_cast<const char*>(p.keys), *values = static_cast<const char*>(p.values);
+      copy_adjacent_rows<Math::kRowBytes, kWarpKeys>(to_keys, keys + offset, rows, lane);
+      copy_adjacent_rows<Math::kRowBytes, kWarpKeys>(to_values, values + offset, rows, lane);
+      return;
     }
+    const int pair = walk.item / p.tail_row_blocks;
+    const int64_t b = pair / p.kv_heads, h = pair % p.kv_heads;
     const Rows present{walk.length - position, walk.skip_begin - position, walk.skip_end - position};
-    const uint32_t to = ring + stage * Memory::kStageBytes;
-    copy_rows<Math::kRowBytes, kWarpKeys>(to, keys, key_stride, present, lane);
-    copy_rows<Math::kRowBytes, kWarpKeys>(to + kWarpKeys * Math::kRowBytes, values, value_stride, present, lane);
+    const auto copy = [&](uint32_t to, const void* tensor, const Strides& strides) {
+      constexpr int kElement = sizeof(typename Math::Element);
+      const int64_t first = b * strides.batch + h * strides.head + position * strides.token;
+      copy_rows<Math::kRowBytes, kWarpKeys>(to, static_cast<const char*>(tensor) + first * kElement,
+                                            strides.token * kElement, present, lane);
+    };
+    copy(to_keys, p.tail_keys, p.tail_key_strides);
+    copy(to_values, p.tail_values, p.tail_value_strides);
   }
 
   __device__ __forceinline__ Segment segment_of(const Steps& walk) const {
@@ -254,9 +253,8 @@ struct Attend {
   }
 
   __device__ __forceinline__ void run() {
-    const int tail_keys = tail_length(p);
     Steps ahead;
-    ahead.begin(p, tail_keys, lane);
+    ahead.begin(p, lane);
     Steps now = ahead;
     for (int stage = 0; stage < p.depth - 1; ++stage) {
       if (!ahead.done()) {

@@ -215,7 +215,8 @@ std::tuple<Tensor, Tensor> attend(Tensor query, std::optional<Tensor> keys, std:
     require_dtype("tail_cursor", *tail_cursor, ScalarType::Long, "int64");
     p.tail_cursor = static_cast<const int64_t*>(tail_cursor->data_ptr());
   } else {
-    require(0 <= tail_length && tail_length <= capacity, "tail_length is ", tail_length, "; the capacity is ", capacity);
+    require(0 <= tail_length && tail_length <= capacity, "tail_length is ", tail_length, "; the capacity is ",
+            capacity);
   }
   if (tail_skip) p.tail_skip = integers("tail_skip", *tail_skip, query, {batch, 2});
   if (sinks) {

@@ -42,7 +42,8 @@ struct ColumnMax16 {
   static __device__ __forceinline__ void fetch(const ColumnMaxParams& p, uint32_t to, int head, int tile, int warp,
                                                int lane) {
     const int row = tile * kTileRows + warp * (kTileRows / kWarps);
-    const char* from = static_cast<const char*>(p.query) + (head * p.query_head_stride + row * p.query_token_stride) * 2;
+    const int64_t first = head * p.query_head_stride + row * p.query_token_stride;
+    const char* from = static_cast<const char*>(p.query) + first * 2;
     // 8 rows per warp; the permutation of a tile's rows repeats every 8, so that each warp's part is a tile of its own.
     copy_rows<kRowBytes, kTileRows / kWarps>(to + warp * (kTileRows / kWarps) * kRowBytes, from,
                                              p.query_token_stride * 2, {p.q_len - row, 0, 0}, lane);

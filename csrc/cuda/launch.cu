@@ -6,8 +6,8 @@
 //     -Icsrc/include -Icsrc/cuda -I<torch>/include csrc/cuda/launch.cu csrc/cuda/bindings.cpp
 //     -L<torch>/lib -ltorch_cpu -o _cuda.so
 //
-// libtorch_cpu, of a torch with or without CUDA, is already in the process that loads the library, and found by its name
-// there; nothing of torch's CUDA libraries is needed to link. The CUDA runtime is linked statically.
+// libtorch_cpu, of a torch with or without CUDA, is already in the process that loads the library, and found there by
+// its name; nothing of torch's CUDA libraries is needed to link. The CUDA runtime is linked statically.
 #include "launch.h"
 
 #include <atomic>

@@ -15,7 +15,7 @@ struct TileLayout {
   static_assert(kChunks % 8 == 0 || kChunks == 12, "no conflict-free permutation is known for this row");
 
   static __device__ __forceinline__ int offset(int row, int chunk) {
-    // Rows of 12 chunks begin alternately in the lower and the upper half of the banks; the permutation covers the rest.
+    // Rows of 12 chunks begin in the lower and the upper half of the banks by turns; the permutation does the rest.
     const int permutation = kChunks % 8 == 0 ? row & 7 : (row >> 1) & 3;
     return (row * kChunks + (chunk ^ permutation)) * 16;
   }
@@ -32,12 +32,26 @@ template <int kRowBytes, int kRows>
 __device__ __forceinline__ void copy_rows(uint32_t to, const char* from, int64_t stride, Rows present, int lane) {
   constexpr int kChunks = kRowBytes / 16;
   static_assert(kRows * kChunks % 32 == 0, "every lane copies the same number of chunks");
-#pragma unroll
+#pragma unroll 8
   for (int i = 0; i < kRows * kChunks / 32; ++i) {
     const int index = i * 32 + lane;
     const int row = index / kChunks, chunk = index % kChunks;
     const bool valid = row < present.rows && !(row >= present.skip_begin && row < present.skip_end);
     copy16_async(to + TileLayout<kRowBytes>::offset(row, chunk), from + row * stride + chunk * 16, valid);
+  }
+}
+
+// The same for rows that follow one another without gaps, of which the first `rows` are present: the addresses of all
+// copies of a lane then are one and constants, which halves the instructions of a step.
+template <int kRowBytes, int kRows>
+__device__ __forceinline__ void copy_adjacent_rows(uint32_t to, const char* from, int rows, int lane) {
+  constexpr int kChunks = kRowBytes / 16;
+  static_assert(kRows * kChunks % 32 == 0, "every lane copies the same number of chunks");
+  from += lane * 16;
+#pragma unroll 8
+  for (int i = 0; i < kRows * kChunks / 32; ++i) {
+    const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
+    copy16_async(to + TileLayout<kRowBytes>::offset(row, chunk), from + i * 512, row < rows);
   }
 }
 

@@ -7,9 +7,6 @@
 
 namespace kvzip {
 
-// A worker without a tile leaves no partial result, so that with fewer tiles than workers only as many take part.
-KVZIP_HD int64_t active(int64_t workers, int64_t tiles) { return workers < tiles ? workers : tiles; }
-
 // All CTAs share the tails' tiles; the items are (batch row, KV head, block of rows), every one equally long.
 KVZIP_HD int tail_items(const AttendParams& p) { return p.batch * p.kv_heads * p.tail_row_blocks; }
 KVZIP_HD int64_t context_slots(const AttendParams& p) { return p.keys == nullptr ? 0 : slots(p.workers, p.kv_heads); }
@@ -41,15 +38,20 @@ struct Walk {
   int64_t first_row;           // of the item in the context
   int tail_keys;               // keys in use of every tail
 
-  __device__ __forceinline__ void begin(const AttendParams& p, int tail_keys_in_use, int lane) {
+  __device__ __forceinline__ void begin(const AttendParams& p, int lane) {
+    // All reads are under way before the first result is needed: until they are back, nothing can be copied.
+    const bool has_context = p.keys != nullptr;
+    const int nearby = lane < p.kv_heads ? lane : p.kv_heads;
+    const int64_t tiles = has_context ? p.cu_tiles[p.kv_heads] : 0;
+    const int64_t head_tile = has_context ? p.cu_tiles[nearby] : 0;
+    const int64_t head_row = has_context ? p.cu_seqlens[nearby] : 0;
+    tail_keys = tail_length(p);
     step = 0;
-    tail_keys = tail_keys_in_use;
     in_tail = false;
-    if (p.keys != nullptr) {
-      const int64_t tiles = p.cu_tiles[p.kv_heads];
+    if (has_context) {
       const int64_t worker = blockIdx.x / p.row_blocks;
       if (take(worker, p.workers, tiles)) {
-        enter_head(p, find_head(p, lane));
+        enter_head(p, find_head(p, lane, head_tile, head_row));
         return;
       }
     }
@@ -83,10 +85,11 @@ struct Walk {
   }
 
  private:
-  // head_of(tile), by one read of all lanes in place of a search, whose reads would follow one another.
-  __device__ __forceinline__ int find_head(const AttendParams& p, int lane) const {
-    int begun = 0;
-    for (int head = 0; head < p.kv_heads; head += 32) {
+  // head_of(tile), by one read of all lanes in place of a search, whose reads would follow one another. The first row
+  // of a head is not needed here (it is never negative), but soon, and then in the cache.
+  __device__ __forceinline__ int find_head(const AttendParams& p, int lane, int64_t head_tile, int64_t head_row) const {
+    int begun = __popc(__ballot_sync(0xffffffffu, lane < p.kv_heads && head_tile <= tile && head_row >= 0));
+    for (int head = 32; head < p.kv_heads; head += 32) {
       const bool begins = head + lane < p.kv_heads && p.cu_tiles[head + lane] <= tile;
       begun += __popc(__ballot_sync(0xffffffffu, begins));
     }

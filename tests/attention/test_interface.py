@@ -190,13 +190,23 @@ def test_padding_over_a_context_is_refused(q_len):
         kvzip_model.model(query, attention_mask=mask, past_key_values=kv)
 
 
-def test_beams_and_batches_over_a_context_are_refused():
+def test_a_batch_continues_one_context_and_beams_are_refused():
+    """Every row of a batch is answered as if it were alone; rows cannot be exchanged, nor prefilled."""
     kvzip_model = ModelKVzip.from_model(build("llama"), None)
     kv = kvzip_model.prefill(ids(20), scorer=None)
-    before = kvzip_model(ids(4), kv)
-    with torch.no_grad(), kv.scratch(), pytest.raises(ValueError, match="one sequence"):
-        kvzip_model.model(torch.tensor([ids(4), ids(4)]), past_key_values=kv)
-    assert torch.equal(kvzip_model(ids(4), kv), before)
+    rows = [ids(4, seed=1), ids(4, seed=2)]
+    before = [kvzip_model(row, kv) for row in rows]
+    with torch.no_grad(), kv.scratch():
+        logits = kvzip_model.model(torch.tensor(rows), past_key_values=kv).logits
+    torch.testing.assert_close(logits, torch.cat(before), atol=1e-5, rtol=1e-4)
+    prompt = torch.tensor([kv.input_ids.tolist() + rows[0]])
+    with torch.no_grad(), kv.scratch(), pytest.raises(ValueError, match="beam search is not supported"):
+        kvzip_model.model.generate(prompt, past_key_values=kv, num_beams=2, max_new_tokens=3, do_sample=False)
+    assert torch.equal(kvzip_model(rows[0], kv), before[0])
+    with torch.no_grad(), kv.scratch(), pytest.raises(ValueError, match="holds 2 sequences, got states of 3"):
+        kvzip_model.model(torch.tensor(rows), past_key_values=kv)
+        kvzip_model.model(torch.tensor([*rows, rows[0]]), past_key_values=kv)
+    assert torch.equal(kvzip_model(rows[0], kv), before[0])
 
 
 IMPORT_CHECK = """

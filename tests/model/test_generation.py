@@ -228,7 +228,8 @@ BAD_QUERIES = {
     "empty tensor": torch.empty(0, dtype=torch.int64),
     "two rows": torch.ones(2, 3, dtype=torch.int64),
     "fractions": torch.ones(3),
-    "texts": ["a", "b"],
+    "an empty text in a list": ["a", ""],
+    "empty ids in a list": [[5], []],
     "bools": [True, False],
     "none": None,
     "number": 3,
@@ -250,6 +251,17 @@ def test_a_bad_query_is_refused_and_changes_nothing(what, with_kv):
     for update_cache in (False, True) if with_kv else (False,):
         with pytest.raises(ValueError, match=r"."):
             model_of().generate(BAD_QUERIES[what], kv if with_kv else None, update_cache=update_cache, max_new_tokens=2)
+    assert answer_ids(kv=kv) == before
+    assert kv.get_seq_length() == len(kv.input_ids)
+
+
+@pytest.mark.parametrize("queries", [["a", "b"], ["a"], [[5, 6], [7]]], ids=str)
+def test_a_list_of_queries_is_answered_but_not_kept(queries):
+    kv = prefill()
+    before = answer_ids(kv=kv)
+    assert len(model_of().generate(queries, kv, max_new_tokens=2)) == len(queries)
+    with pytest.raises(ValueError, match=f"update_cache=True keeps one turn, got a list of {len(queries)} queries"):
+        model_of().generate(queries, kv, update_cache=True, max_new_tokens=2)
     assert answer_ids(kv=kv) == before
     assert kv.get_seq_length() == len(kv.input_ids)
 

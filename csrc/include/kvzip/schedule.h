@@ -2,7 +2,7 @@
 //
 // The keys of each KV head are cut into tiles of kTile. All tiles of all heads, in order, are split evenly over a fixed
 // number of workers (CPU threads, or CTAs of a GPU), wherever heads begin and end. Everything follows from the prefix
-// sums `cu_tiles`, which are made once, when a context is pruned:
+// sums `cu_tiles`, which are made once, when a context is pruned, with `active(workers, tiles)` for `workers` below:
 //   worker w owns tiles [worker_begin(w), worker_begin(w + 1)): counts differ by at most one;
 //   a worker's tiles of one head are a segment; it leaves one partial result, in slot `worker + head`. Segments form a
 //   monotone staircase in (worker, head), so that slots are unique and workers + heads - 1 of them suffice;
@@ -23,6 +23,9 @@ namespace kvzip {
 constexpr int kTile = 64;  // keys
 
 KVZIP_HD int64_t tiles_of(int64_t length) { return (length + kTile - 1) / kTile; }
+
+// How many of `workers` get tiles at all: beyond that, some in the middle would own none, and their slots stay unwritten.
+KVZIP_HD int64_t active(int64_t workers, int64_t tiles) { return workers < tiles ? workers : tiles; }
 
 // First tile of worker `w` out of `workers`, for `tiles` tiles in all.
 KVZIP_HD int64_t worker_begin(int64_t w, int64_t workers, int64_t tiles) { return w * tiles / workers; }

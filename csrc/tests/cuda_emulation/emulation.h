@@ -3,8 +3,8 @@
 //
 // The emulation is there to find mistakes, so it is unkind:
 //   shared memory starts as NaN, and reads by ldmatrix and load_shared of bytes that nothing has written are errors;
-//   an asynchronous copy lands as late as allowed (in the copying thread's wait) or, in the other mode, at once, so that
-//   a missing wait or a stage refilled too early shows as wrong data; until it lands its target is NaN;
+//   an asynchronous copy lands as late as allowed (in the copying thread's wait) or, in the other mode, at once, so
+//   that a missing wait or a stage refilled too early shows as wrong data; until it lands its target is NaN;
 //   warps and lanes run in random order; lanes that meet in different warp instructions are an error;
 //   copies must be aligned and read only registered memory; ldmatrix must not have bank conflicts.
 // What it cannot find: races within the memory model's fine print, and anything about speed.

@@ -1,10 +1,11 @@
 // Runs the CUDA kernels under emulation and compares them with float64. Build and run, in this directory:
 //
-//   g++ -std=c++17 -O2 -Wno-unknown-pragmas -I. -I../../cuda -I../../include emulation.cpp instructions.cpp main.cpp -o /tmp/emulated
+//   g++ -std=c++17 -O2 -Wno-unknown-pragmas -I. -I../../cuda -I../../include -o /tmp/emulated
+//     emulation.cpp instructions.cpp main.cpp
 //   /tmp/emulated            # prints a line per case; exit status 1 if one fails
 //
-// A case passes if its largest error is at most twice that of a fused SDPA in the same precision (Call::baseline), and its
-// root mean square at most 1.5 times, in both modes of asynchronous copies, with the same bits in both.
+// A case passes if its largest error is at most twice that of a fused SDPA in the same precision (Call::baseline), and
+// its root mean square at most 1.5 times, in both modes of asynchronous copies, with the same bits in both.
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -158,8 +159,8 @@ bool run_column_max(DType dtype, int head_dim, int groups, int q_len, int kv_len
     }
   }
   const bool ok = worst < 1e-4;
-  std::printf("%s column_max dtype %d d %d groups %d q %d n %d softcap %g splits %d: error %.2g\n", ok ? "ok  " : "FAIL",
-              static_cast<int>(dtype), head_dim, groups, q_len, kv_len, softcap, splits, worst);
+  std::printf("%s column_max dtype %d d %d groups %d q %d n %d softcap %g splits %d: error %.2g\n",
+              ok ? "ok  " : "FAIL", static_cast<int>(dtype), head_dim, groups, q_len, kv_len, softcap, splits, worst);
   return ok;
 }
 
@@ -186,7 +187,7 @@ bool check_rings() {
             const int bytes = Memory::bytes(ring.depth);
             const bool fits = ring.depth >= 2 && bytes <= device.limits.shared_per_block &&
                               ring.blocks_per_processor * (bytes + 1024) <= device.limits.shared_per_processor;
-            std::printf("%s ring on %s: dtype %d d %d rows %d: %d x %d threads, %d stages, %d bytes, %d in flight per SM\n",
+            std::printf("%s ring on %s: dtype %d d %d rows %d: %d x %d threads, %d stages, %d bytes, %d in flight\n",
                         fits ? "ok  " : "FAIL", device.name, static_cast<int>(dtype), head_dim, rows,
                         ring.blocks_per_processor, Math::kWarps * 32, ring.depth, bytes,
                         ring.blocks_per_processor * (ring.depth - 1) * Math::kWarps * Memory::kStageBytes);
@@ -209,8 +210,9 @@ int main() {
     const auto [ratio, rms] = run(c, 17 + count);
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     if (ratio >= 0) {
-      std::printf("ok   %-28s dtype %d d %3d B %d Hkv %d G %2d q %2d: error %.2f, rms %.2f x baseline (%.2f s)\n", c.name,
-                  static_cast<int>(c.dtype), c.head_dim, c.batch, c.kv_heads, c.groups, c.q_len, ratio, rms, seconds);
+      std::printf("ok   %-28s dtype %d d %3d B %d Hkv %d G %2d q %2d: error %.2f, rms %.2f x baseline (%.2f s)\n",
+                  c.name, static_cast<int>(c.dtype), c.head_dim, c.batch, c.kv_heads, c.groups, c.q_len, ratio, rms,
+                  seconds);
     }
     failed += ratio < 0;
     worst = std::fmax(worst, ratio), worst_rms = std::fmax(worst_rms, rms);

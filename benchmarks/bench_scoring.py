@@ -1,0 +1,93 @@
+"""Time of KVzip scoring over the time of prefill, and what its floating-point operations would allow.
+
+    python benchmarks/bench_scoring.py                   # writes results/scoring.md
+    python benchmarks/bench_scoring.py --device cuda     # writes results/scoring_cuda.md
+
+Scoring repeats the context chunk by chunk: one more forward pass without the LM head, whose attention reads the whole
+context, and one more product of queries and keys over the chunk. Counted in multiplications of matrix products, with n
+tokens of context, chunks of c tokens and p ids around them, a layer of weights W (elements) and attention width a:
+prefill is n W + n^2 a (queries with keys and weights with values, causal half); scoring is f W + f (n + c / 2) 2 a
++ n c a, where f = n + (n / c) p ids are fed. Peak memory is benchmarks/bench_scoring_memory.py's.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import llama_50m, random_ids, write
+
+from kvzip import ModelKVzip
+from kvzip.scoring.methods.kvzip import KVzip
+from kvzip.scoring.reconstruction import RepeatPrompts
+
+PROMPTS = RepeatPrompts(list(range(10)), list(range(16)), list(range(5)))
+AROUND = 30  # ids of a pass beside the chunk
+
+
+def flops_ratio(model: ModelKVzip, length: int, chunk: int) -> float:
+    """Multiplications of scoring over those of prefill."""
+    config = model.config
+    layers = config.num_hidden_layers
+    embeddings = 2 * config.vocab_size * config.hidden_size
+    weights = (sum(one.numel() for one in model.model.parameters()) - embeddings) / layers
+    width = config.num_attention_heads * config.head_dim
+    fed = length + (length / chunk) * AROUND
+    prefill = length * weights + length**2 * width
+    return (fed * weights + fed * (length + chunk / 2) * 2 * width + length * chunk * width) / prefill
+
+
+def now(device: str) -> float:
+    """Seconds, with nothing left to do on the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--chunk", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backends", nargs="+", default=["auto", "torch"])
+    args = parser.parse_args()
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    lines = [
+        f"Random Llama of 54 M parameters, {dtype}, chunks of {args.chunk} tokens, prefill in the same chunks.",
+        "",
+        "| context | backend | prefill s | scoring s | scoring / prefill median (min-max) | by operations | over it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for length in args.lengths:
+        for name in args.backends:
+            model = ModelKVzip.from_model(llama_50m().to(args.device, dtype), None, backend=name)
+            scorer = KVzip(chunk_size=args.chunk, prompts=PROMPTS)
+            ids = random_ids(length, 16_384)
+            prefills, scorings = [], []
+            for counted in range(-1, args.rounds):
+                start = now(args.device)
+                kv = model.prefill(ids, prefix_ids=[], scorer=None, prefill_chunk_size=args.chunk)
+                middle = now(args.device)
+                model.score(kv, scorer)
+                end = now(args.device)
+                if counted >= 0:
+                    prefills.append(middle - start)
+                    scorings.append(end - middle)
+            ratios = [b / a for a, b in zip(prefills, scorings, strict=True)]
+            median, allowed = statistics.median(ratios), flops_ratio(model, length, args.chunk)
+            lines.append(
+                f"| {length} | {model.backend} | {statistics.median(prefills):.2f} | {statistics.median(scorings):.2f} "
+                f"| {median:.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {allowed:.2f} | {median / allowed - 1:+.0%} |"
+            )
+            print(lines[-1], flush=True)
+    suffix, option = ("", "") if args.device == "cpu" else ("_cuda", " --device cuda")
+    write(f"scoring{suffix}", f"python benchmarks/bench_scoring.py{option}", lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""Everything that only a GPU can show, in one command: `make gpu-check`.
+
+    python -m tools.gpu_check                        # on a CUDA machine
+    python -m tools.gpu_check --device cpu --quick   # the same logic on the C++ kernel
+
+Builds the kernels, checks every case against float64, runs a part of them under compute-sanitizer, checks that captured
+decoding gives the tokens of plain decoding, and runs the benchmarks. Writes benchmarks/results/gpu_check.json and .md.
+A step that fails does not stop the next ones; the exit status says whether all passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvzip.attention import RaggedKV, TailKV, build, resolve_backend
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 96, 128, 256)
+GROUPS = (1, 2, 4, 5, 7, 8, 16)
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Lengths of a case.
+
+    Attributes:
+        lengths: kept pairs of each KV head.
+        past: tail tokens before the query's own.
+        padding: tokens of the second batch row that are padding.
+    """
+
+    lengths: tuple[int, ...]
+    past: int = 0
+    q_len: int = 1
+    batch: int = 1
+    padding: int = 0
+    masked: bool = False
+    softcap: float | None = None
+    sinks: bool = False
+    cursor: bool = False
+
+
+SHAPES = {
+    "decode": Shape((1000, 1000, 1000, 1000), past=30, cursor=True),
+    "ragged": Shape((0, 4097, 1, 640), past=129),
+    "giant head": Shape((100_000, 3, 0, 64)),
+    "nothing kept": Shape((0, 0, 0, 0), past=5),
+    "query": Shape((333, 64, 65, 0), past=70, q_len=33, softcap=30.0),
+    "batch": Shape((513, 0, 77, 2048), past=9, q_len=3, batch=4, padding=2, sinks=True),
+    "masked": Shape((700, 700, 700, 700), past=1, masked=True),
+}
+
+
+@dataclass
+class Report:
+    """What the steps found."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def run(self, name: str, step: Callable[[], dict[str, Any]]) -> None:
+        """Run one step; a failure is part of the report."""
+        start = time.perf_counter()
+        try:
+            found = step()
+        except Exception as error:
+            traceback.print_exc()
+            found = {"passed": False, "error": f"{type(error).__name__}: {error}"}
+        self.steps[name] = {"seconds": round(time.perf_counter() - start, 1), **found}
+        print(f"{name}: {json.dumps(self.steps[name])[:2000]}", flush=True)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every step that ran passed; one that is skipped says so and counts as passed."""
+        return all(step.get("passed", False) for step in self.steps.values())
+
+
+def problem(shape: Shape, groups: int, head_dim: int, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
+    """Random arguments of a backend."""
+    draw = torch.Generator(device).manual_seed(seed)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=draw, device=device).to(dtype)
+
+    heads, total, length = len(shape.lengths), sum(shape.lengths), shape.past + shape.q_len
+    mask = None
+    if shape.masked:
+        mask = torch.rand(heads, shape.lengths[0], generator=draw, device=device) < 0.5
+    context = RaggedKV(random(total, head_dim), random(total, head_dim), shape.lengths, mask)
+    tail = random(2, shape.batch, heads, length + 7, head_dim)
+    skip = None
+    if shape.padding:
+        skip = torch.zeros(shape.batch, 2, dtype=torch.int64, device=device)
+        skip[1] = torch.tensor([shape.past, shape.past + shape.padding])
+    cursor = torch.tensor([length], device=device) if shape.cursor else None
+    sinks = torch.randn(heads * groups, generator=draw, device=device) if shape.sinks else None
+    return {
+        "query": random(shape.batch, shape.q_len, heads * groups, head_dim).transpose(1, 2),
+        "context": context,
+        "tail": TailKV(tail[0], tail[1], length + 7 if shape.cursor else length, cursor, skip),
+        "scaling": head_dim**-0.5,
+        "softcap": shape.softcap,
+        "sinks": sinks,
+    }
+
+
+def plain(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Attention by plain tensor operations in `dtype`: output (batch, q_len, num_heads, head_dim) and log-sum-exp."""
+    query, context, tail = arguments["query"].to(dtype), arguments["context"], arguments["tail"]
+    batch, num_heads, q_len, _ = query.shape
+    groups = num_heads // len(context.lengths)
+    all_keys, all_values = (states.to(dtype) for states in tail.used())
+    outputs, sums = [], []
+    starts = [0, *itertools.accumulate(context.lengths)]
+    for b, head in itertools.product(range(batch), range(num_heads)):
+        kv_head = head // groups
+        rows = slice(starts[kv_head], starts[kv_head + 1])
+        keys = torch.cat([context.keys[rows].to(dtype), all_keys[b, kv_head]])
+        values = torch.cat([context.values[rows].to(dtype), all_values[b, kv_head]])
+        stored, length = context.lengths[kv_head], all_keys.shape[2]
+        positions = torch.arange(length, device=keys.device)
+        seen = positions <= length - q_len + torch.arange(q_len, device=keys.device)[:, None]
+        if tail.skip is not None:
+            seen &= (positions < tail.skip[b, 0]) | (positions >= tail.skip[b, 1])
+        kept = keys.new_ones(stored, dtype=torch.bool) if context.mask is None else context.mask[kv_head]
+        seen = torch.cat([kept.expand(q_len, -1), seen], dim=1)
+        logits = (query[b, head] * arguments["scaling"]) @ keys.T
+        if arguments["softcap"]:
+            logits = arguments["softcap"] * torch.tanh(logits / arguments["softcap"])
+        logits = logits.masked_fill(~seen, -torch.inf)
+        sums.append(logits.logsumexp(-1))
+        if arguments["sinks"] is not None:
+            sink = arguments["sinks"][head].to(dtype).expand(q_len, 1)
+            logits = torch.cat([logits, sink], dim=1)
+            values = torch.cat([values, torch.zeros_like(values[:1])])
+        outputs.append(logits.softmax(-1) @ values)
+    output = torch.stack(outputs).view(batch, num_heads, q_len, -1).transpose(1, 2)
+    return output, torch.stack(sums).view(batch, num_heads, q_len)
+
+
+def real_rows(arguments: dict[str, Any]) -> Tensor:
+    """(batch, q_len) bool: query rows that are not padding themselves."""
+    query, tail = arguments["query"], arguments["tail"]
+    length = tail.used()[0].shape[2]
+    positions = torch.arange(length - query.shape[2], length, device=query.device)
+    if tail.skip is None:
+        return positions.new_ones((query.shape[0], query.shape[2]), dtype=torch.bool)
+    return (positions < tail.skip[:, :1]) | (positions >= tail.skip[:, 1:])
+
+
+def cases(quick: bool) -> Iterator[tuple[str, Shape, int, int, torch.dtype]]:
+    """Name, shape, GQA group, head_dim and dtype of every case; `quick`: each value at least once."""
+    product = list(itertools.product(SHAPES.items(), GROUPS, HEAD_DIMS, DTYPES))
+    for index, ((name, shape), groups, head_dim, dtype) in enumerate(product):
+        if not quick or index % 29 == 0:
+            yield f"{name}, G{groups}, D{head_dim}, {dtype}", shape, groups, head_dim, dtype
+
+
+def check_attention(device: str, backend_name: str, quick: bool) -> dict[str, Any]:
+    """Errors against float64, at most twice those of plain PyTorch in the same precision, for every case."""
+    backend = resolve_backend(backend_name, [torch.device(device)])
+    worst: dict[str, float] = {}
+    failures, count = [], 0
+    for index, (name, shape, groups, head_dim, dtype) in enumerate(cases(quick)):
+        arguments = problem(shape, groups, head_dim, dtype, device, index)
+        output, lse = backend.attend(**arguments)
+        again, _ = backend.attend(**arguments)
+        exact, exact_lse = plain(arguments, torch.float64)
+        same, _ = plain(arguments, dtype)
+        real = real_rows(arguments)
+        error = float((output[real].double() - exact[real]).abs().max())
+        allowed = 2 * float((same[real].double() - exact[real]).abs().max()) + 1e-6
+        lse_error = float((lse.transpose(1, 2)[real] - exact_lse.transpose(1, 2)[real]).nan_to_num(0.0).abs().max())
+        count += 1
+        worst[str(dtype)] = max(worst.get(str(dtype), 0.0), error / allowed)
+        if not (error <= allowed and lse_error <= 1e-3 and torch.equal(output, again)):
+            failures.append(f"{name}: error {error:.2e} of {allowed:.2e}, lse {lse_error:.2e}")
+    share = {name: round(value, 3) for name, value in worst.items()}
+    return {"passed": not failures, "cases": count, "worst error / allowed": share, "failures": failures[:20]}
+
+
+def check_column_max(device: str, backend_name: str) -> dict[str, Any]:
+    """Column maxima against float64."""
+    backend = resolve_backend(backend_name, [torch.device(device)])
+    worst = 0.0
+    for head_dim, dtype, softcap in itertools.product(HEAD_DIMS, DTYPES, (None, 20.0)):
+        draw = torch.Generator(device).manual_seed(head_dim)
+        query, keys = (
+            torch.randn(*size, generator=draw, device=device).to(dtype)
+            for size in ((8, 130, head_dim), (2, 777, head_dim))
+        )
+        lse = torch.randn(8, 130, generator=draw, device=device)
+        logits = query.double().view(2, 4, 130, -1) @ keys.double()[:, None].transpose(-1, -2) * head_dim**-0.5
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        exact = (logits.view(8, 130, 777) - lse[..., None]).amax(1)
+        found = backend.column_max(query, keys, lse, head_dim**-0.5, softcap)
+        worst = max(worst, float((found - exact).abs().max()))
+    return {"passed": worst < 1e-4, "worst error": worst}
+
+
+def check_decoding(device: str) -> dict[str, Any]:
+    """Captured steps give the tokens of plain ones, alone and in a padded batch, on the bundled model."""
+    from kvzip import ModelKVzip
+    from kvzip.model import decode
+
+    model = ModelKVzip(device=device)
+    kv = model.prefill("The amber box holds 5512. Nia Kemp lives in Oslo. " * 20)
+    kv.prune(0.3)
+    plan = decode.Plan(40, (), 0, False, decode.LogitsProcessorList())
+    rows = [model.apply_template(question) for question in ("What does the amber box hold?", "Where is Nia Kemp?")]
+    longest, history = max(map(len, rows)), kv.input_ids.tolist()
+    ids = torch.tensor([history + [0] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[1] * len(history) + [0] * (longest - len(row)) + [1] * len(row) for row in rows]).to(device)
+    same = []
+    for batch, hidden in ((ids[:1], None), (ids, mask)):
+        tokens = []
+        for graph in (False, True):
+            with torch.no_grad(), kv.scratch():
+                tokens.append(decode.decode(model.model, kv, batch, hidden, plan, graph=graph))
+        same.append(torch.equal(*tokens))
+    return {"passed": all(same), "backend": model.backend, "same tokens": same}
+
+
+def sanitize(device: str) -> dict[str, Any]:
+    """Run some cases under compute-sanitizer."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if device != "cuda" or not Path(tool).exists():
+        return {"passed": True, "skipped": "no GPU" if device != "cuda" else "compute-sanitizer was not found"}
+    found = {}
+    for name in SANITIZERS:
+        command = [tool, "--tool", name, "--error-exitcode", "9", "--kernel-name-exclude", "kns=at::"]
+        command += [sys.executable, "-m", "tools.gpu_check", "--device", device, "--quick", "--only", "attention"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        found[name] = "clean" if done.returncode == 0 else (done.stdout + done.stderr)[-600:]
+    return {"passed": all(result == "clean" for result in found.values()), "tools": found}
+
+
+def benchmark(name: str, *arguments: str) -> dict[str, Any]:
+    """Run one benchmark script; its table goes to benchmarks/results/."""
+    command = [sys.executable, f"benchmarks/{name}.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    tail = (done.stdout if done.returncode == 0 else done.stderr)[-4000:]
+    return {"passed": done.returncode == 0, "command": " ".join(command[1:]), "output": tail}
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Machine and versions."""
+    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": device}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "multiprocessors": properties.multi_processor_count}
+        found["memory GiB"] = round(properties.total_memory / 2**30)
+    return found
+
+
+def write(report: Report, name: str) -> None:
+    """Write the JSON and a table."""
+    (RESULTS / f"{name}.json").write_text(json.dumps({"facts": report.facts, "steps": report.steps}, indent=1) + "\n")
+    lines = ["Command: `make gpu-check`", "", ", ".join(f"{key} {value}" for key, value in report.facts.items()), ""]
+    lines += ["| step | passed | seconds | |", "|---|---|---|---|"]
+    for step, found in report.steps.items():
+        rest = {key: value for key, value in found.items() if key not in ("passed", "seconds", "output", "command")}
+        lines.append(f"| {step} | {'yes' if found.get('passed') else 'NO'} | {found['seconds']} | {rest or ''} |")
+    (RESULTS / f"{name}.md").write_text("\n".join([*lines, ""]))
+
+
+def main() -> None:
+    """Run the steps."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--quick", action="store_true", help="every 29th case, no benchmarks")
+    parser.add_argument("--only", nargs="+", help="steps to run; nothing is written")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("gpu-check needs a CUDA device, and torch sees none; --device cpu tests its logic")
+    report, device, name = Report(facts(args.device)), args.device, args.device
+    steps: dict[str, Callable[[], dict[str, Any]]] = {
+        "build": lambda: {"passed": True, "library": build.build(name).name},
+        "attention": lambda: check_attention(device, name, args.quick),
+        "column_max": lambda: check_column_max(device, name),
+        "decoding": lambda: check_decoding(device),
+        "sanitizers": lambda: sanitize(device),
+    }
+    if not args.quick:
+        for script in ("bench_decode_attention", "bench_generate", "bench_scoring"):
+            steps[script] = lambda script=script: benchmark(script, "--device", device)  # type: ignore[misc]
+    for step, function in steps.items():
+        if args.only is None or step in args.only:
+            report.run(step, function)
+    if args.only is None and not args.quick:
+        write(report, "gpu_check" if device == "cuda" else "gpu_check_on_cpu")
+    sys.exit(0 if report.passed else 1)
+
+
+if __name__ == "__main__":
+    main()
