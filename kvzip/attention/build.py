@@ -7,6 +7,7 @@ everything it follows from (sources, flags, compiler, torch), so that a stale on
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent.parent
 TARGETS = ("cpu", "cuda")
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11: the oldest whose stable ABI has all that the bindings use
@@ -114,7 +116,8 @@ def library_path(target: str) -> Path:
         KernelsUnavailable: no sources.
     """
     folder = sources()
-    digest = hashlib.sha256(f"{torch.__version__} {platform.machine()} {TORCH_TARGET} {_COMMON} {isas()}".encode())
+    targets = isas() if target == "cpu" else cuda_architectures()
+    digest = hashlib.sha256(f"{torch.__version__} {platform.machine()} {targets}".encode())
     digest.update(Path(__file__).read_bytes())
     files = [*(folder / "include").rglob("*"), *(folder / target).rglob("*")]
     for path in sorted(path for path in files if path.is_file()):
@@ -132,6 +135,7 @@ def build(target: str) -> Path:
     if path.exists():
         return path
     compiler = _compiler(target)
+    logger.warning("compiling the %s kernels, once: %s", target, "seconds" if target == "cpu" else "a minute or two")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
@@ -146,11 +150,19 @@ def build(target: str) -> Path:
     return path
 
 
+def cuda_architectures() -> tuple[str, ...]:
+    """Those of this machine's GPUs where there are any and all are known, so that a first use waits less; else all."""
+    here = sorted({"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
+    return tuple(here) if here and set(here) <= set(CUDA_ARCHITECTURES) else CUDA_ARCHITECTURES
+
+
 def cuda_command(folder: Path) -> list[str]:
-    """Arguments of nvcc, but for its output, that make one library for all of `CUDA_ARCHITECTURES`."""
-    flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--use_fast_math"]
-    for number in CUDA_ARCHITECTURES:
-        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+    """Arguments of nvcc, but for its output, that make one library for all of `cuda_architectures()`."""
+    flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    for number in cuda_architectures():
+        newest = number == CUDA_ARCHITECTURES[-1]  # its PTX too, for GPUs to come
+        code = f"[sm_{number},compute_{number}]" if newest else f"sm_{number}"
+        flags += ["-gencode", f"arch=compute_{number},code={code}"]
     inputs = sorted(str(path) for path in (folder / "cuda").iterdir() if path.suffix in (".cu", ".cpp"))
     return [*flags, f"-I{folder / 'include'}", *_torch_flags("-isystem"), *inputs, *_link_flags("-Xlinker=")]
 

@@ -22,7 +22,8 @@ CONTEXTS = {
 ON_A_CPU = [name for name, info in BACKENDS.items() if info.devices is None or "cpu" in info.devices]
 
 each_backend = pytest.mark.parametrize(
-    "backend", [pytest.param(name, marks=pytest.mark.skipif(bool(missing(name)), reason=missing(name))) for name in ON_A_CPU]
+    "backend",
+    [pytest.param(name, marks=pytest.mark.skipif(bool(missing(name)), reason=missing(name))) for name in ON_A_CPU],
 )
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 

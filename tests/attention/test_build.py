@@ -150,7 +150,9 @@ def test_a_compiler_that_fails_is_quoted_and_may_be_tried_again(fresh, monkeypat
     """Nothing half made is kept; once the compiler works, the same process goes on."""
     monkeypatch.setenv("CXX", program(fresh / "broken", "echo 'error: no such thing as a flux' >&2\nexit 3"))
     for _ in range(2):
-        with pytest.raises(KernelsUnavailable, match=r"compiling the kernels failed: .*broken.*(?s:.*)no such thing as"):
+        with pytest.raises(
+            KernelsUnavailable, match=r"compiling the kernels failed: .*broken.*(?s:.*)no such thing as"
+        ):
             build.load("cpu")
     assert list((fresh / "cache").rglob("*.so")) == []
     assert list((fresh / "cache" / "kernels").iterdir()) == []
@@ -191,7 +193,9 @@ def test_cuda_and_flash_say_what_is_missing():
     cuda = torch.device("cuda", 0)
     with pytest.raises(KernelsUnavailable, match="needs a CUDA device and driver, and torch sees none"):
         resolve_backend("cuda", [cuda])
-    with pytest.raises(KernelsUnavailable, match=r"flash-attn, which is not installed.*pip install|needs a CUDA device"):
+    with pytest.raises(
+        KernelsUnavailable, match=r"flash-attn, which is not installed.*pip install|needs a CUDA device"
+    ):
         resolve_backend("flash", [cuda])
 
 

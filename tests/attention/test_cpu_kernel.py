@@ -140,8 +140,12 @@ def test_a_thousand_random_problems_are_as_the_reference_has_them(seed, threads)
         seen = expected_lse > -torch.inf
         error = (output - expected).abs() - ROUNDING[query.dtype] * (1 + expected.abs())
         lse_error = (lse - expected_lse)[seen].abs() - 1e-5 * (1 + expected_lse[seen].abs())
-        wrong = not torch.equal(seen, lse > -torch.inf) or not bool((error <= 0).all()) or not bool((lse_error <= 0).all())
-        assert not wrong, f"seed {seed} case {case}: {query.shape} {query.dtype} {context and context.lengths} {tail.skip}"
+        wrong = (
+            not torch.equal(seen, lse > -torch.inf) or not bool((error <= 0).all()) or not bool((lse_error <= 0).all())
+        )
+        assert not wrong, (
+            f"seed {seed} case {case}: {query.shape} {query.dtype} {context and context.lengths} {tail.skip}"
+        )
 
 
 # -- threads and runs --------------------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ def test_the_number_of_threads_does_not_matter(shape, dtype, threads):
         found = []
         for fill in (torch.nan, 1e30, 7.0):
             # What a workspace is made of next, as likely as not: blocks of many sizes that were just given back.
-            blocks = [torch.full((4 ** size,), fill) for size in range(4, 10)]
+            blocks = [torch.full((4**size,), fill) for size in range(4, 10)]
             del blocks
             found.append(attend(*arguments_))
         atol = ROUNDING[dtype]
@@ -243,7 +247,9 @@ def test_masked_and_skipped_and_spare_rows_may_be_nan(q_len):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_inputs_are_not_written(softcap):
-    query, context, tail = problem(lengths=(97,) * 4, mask=random(9, 4, 97) > 0, q_len=5, batch=2, skip=[[0, 3], [1, 1]])
+    query, context, tail = problem(
+        lengths=(97,) * 4, mask=random(9, 4, 97) > 0, q_len=5, batch=2, skip=[[0, 3], [1, 1]]
+    )
     tail = TailKV(tail.keys, tail.values, tail.length, torch.tensor([tail.length]), tail.skip)
     given = arguments(query, context, tail, softcap=softcap, sinks=random(11, 8))
     before = {name: value.clone() for name, value in given.items() if isinstance(value, torch.Tensor)}

@@ -1,4 +1,4 @@
-"""The fast path of generation gives the tokens of transformers' own, keeps the kv as that does, and knows its limits."""
+"""The fast path of generation gives the tokens of transformers' own, keeps the kv alike, and knows its limits."""
 
 from functools import cache
 
@@ -30,10 +30,14 @@ BACKEND_NAMES = [name for name in ("reference", "torch", "cpu") if not missing(n
 
 
 @cache
-def model_of(name="llama", backend="auto"):
+def made(name, backend):
     model = build(name)
     model.generation_config.eos_token_id = None  # else transformers fills it in where a config has none
     return ModelKVzip.from_model(model, None, backend=backend)
+
+
+def model_of(name="llama", backend="auto"):
+    return made(name, backend)
 
 
 def prefill(name="llama", backend="auto"):
@@ -121,7 +125,8 @@ def test_generate_takes_the_fast_path_where_it_may(monkeypatch):
     options = {"max_new_tokens": 20, "eos_token_id": None}
     assert model.generate(QUERY, kv, **options).tolist() == expected
     assert model.generate(QUERY, kv, generation_config=config_of()).tolist() == expected
-    assert model.generate(QUERY, kv, repetition_penalty=1.2, do_sample=True, top_k=4, top_p=0.9, **options).shape == (20,)
+    sampled = {"repetition_penalty": 1.2, "do_sample": True, "top_k": 4, "top_p": 0.9}
+    assert len(model.generate(QUERY, kv, **sampled, **options)) == 20
     assert len(taken) == 3
     for more in (
         {"no_repeat_ngram_size": 2},
@@ -159,7 +164,8 @@ def test_what_is_not_said_is_as_transformers_fills_it_in(options):
     """From the model's own generation config, and its own defaults: `top_k` 50, the end-of-sequence token."""
     model = ModelKVzip.from_model(build("llama"), None)
     kv = model.prefill(CONTEXT, prefix_ids=PREFIX, scorer=None)
-    model.model.generation_config.eos_token_id = model.generate(QUERY, kv, max_new_tokens=9, eos_token_id=None).tolist()[5]
+    eos = model.generate(QUERY, kv, max_new_tokens=9, eos_token_id=None).tolist()[5]
+    model.model.generation_config.eos_token_id = eos
     prompt, _ = prompt_of(kv, QUERY)
     for seed in range(4):
         torch.manual_seed(seed)
@@ -171,7 +177,6 @@ def test_what_is_not_said_is_as_transformers_fills_it_in(options):
             output = model.model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), past_key_values=kv, pad_token_id=0, **options
             )[0, prompt.shape[1] :].tolist()
-        eos = model.model.generation_config.eos_token_id
         assert found == (output[: output.index(eos)] if eos in output else output)
         assert found == expected
 
