@@ -5,7 +5,8 @@
 
 One layer, 32 query and 8 KV heads of 128, one query token, a tail of 16 tokens. Rows of the table:
 
-- kvzip: our kernel over the kept pairs, heads of the lengths that KVzip scores of the bundled model give ("real"),
+- kvzip: our kernel over the kept pairs, heads of the lengths that KVzip scores of the bundled model give
+  ("real"),
   all equal, or adversarial (one head has everything; half of the heads are empty).
 - packed SDPA: PyTorch's attention on a full cache that is written in place, GQA heads as query rows, its best form.
 - copied: the kept pairs are joined with the new token in a new flat cache, as the reference implementation of KVzip does

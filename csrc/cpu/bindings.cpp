@@ -76,8 +76,10 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
   a.dtype = dtype_of(query, "query");
   STD_TORCH_CHECK(a.num_kv_heads > 0 && a.num_heads % a.num_kv_heads == 0, "query has ", a.num_heads,
                   " heads, which is no multiple of the ", a.num_kv_heads, " of tail_keys");
-  STD_TORCH_CHECK(a.head_dim % 8 == 0 && a.v_head_dim % 8 == 0, "head_dim must be a multiple of 8, got ", a.head_dim,
-                  " and ", a.v_head_dim);
+  if (tail_cursor) {
+    STD_TORCH_CHECK(tail_cursor->scalar_type() == ScalarType::Long && tail_cursor->numel() == 1,
+                    "tail_cursor must be one int64");
+  }
   a.tail_length = tail_cursor ? *static_cast<const int64_t*>(tail_cursor->const_data_ptr()) : tail_length;
   STD_TORCH_CHECK(a.q_len >= 1 && a.q_len <= a.tail_length && a.tail_length <= tail_keys.size(2),
                   "tail_length must be from q_len ", a.q_len, " to the capacity ", tail_keys.size(2), ", got ",
@@ -106,6 +108,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
     a.values = values->const_data_ptr();
     a.cu_seqlens = offsets(cu_seqlens, "cu_seqlens", a.num_kv_heads + 1);
     a.cu_tiles = offsets(cu_tiles, "cu_tiles", a.num_kv_heads + 1);
+    for (int64_t head = 0; head < a.num_kv_heads; ++head) {
+      const int64_t length = a.cu_seqlens[head + 1] - a.cu_seqlens[head];
+      STD_TORCH_CHECK(length >= 0, "cu_seqlens must not decrease");
+      STD_TORCH_CHECK(a.cu_tiles[head + 1] - a.cu_tiles[head] == kvzip::tiles_of(length),
+                      "cu_tiles must count the tiles of cu_seqlens");
+    }
+    STD_TORCH_CHECK(a.cu_seqlens[0] == 0 && a.cu_tiles[0] == 0, "cu_seqlens and cu_tiles must begin with 0");
     STD_TORCH_CHECK(a.cu_seqlens[a.num_kv_heads] == keys->size(0) && keys->size(0) == values->size(0),
                     "cu_seqlens must end with the rows of keys and values, ", keys->size(0));
     if (mask) {

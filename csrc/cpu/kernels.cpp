@@ -131,7 +131,7 @@ float softmax(float* s, int visible, float* maximum_, float* sum_) {
     store(s + k, x);
     top = maximum(top, x);
   }
-  const float before = *maximum_, now = std::max(before, max_of(top));
+  const float before = *maximum_, now = maximum(before, max_of(top));
   const float pivot = now == -kInfinity ? 0.0f : now;
   Vec total = {};
   for (int k = 0; k < kTile; k += kLanes) {
@@ -314,7 +314,7 @@ void merge_records(const float* first, int64_t stride, int64_t count, int64_t re
     const float* from = first + c * stride;
     const float theirs = from[record - 2], ours = sum[record - 2];
     if (theirs == -kInfinity) continue;
-    const float top = std::max(ours, theirs);
+    const float top = maximum(ours, theirs);
     const float scale_ours = ours == -kInfinity ? 0.0f : std::exp(ours - top), scale_theirs = std::exp(theirs - top);
     for (int64_t d = 0; d < record - kLanes; d += kLanes) {
       store(sum + d, load(sum + d) * scale_ours + load(from + d) * scale_theirs);

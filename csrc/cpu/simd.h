@@ -108,7 +108,9 @@ inline Vec load_part(const T* p, int n) {
 
 inline Vec select(IVec mask, Vec a, Vec b) { return (Vec)((mask & (IVec)a) | (~mask & (IVec)b)); }
 
-inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+// Unlike std::max these keep NaN: a head with one has a NaN result, not none.
+inline float maximum(float a, float b) { return a > b || a != a ? a : b; }
+inline Vec maximum(Vec a, Vec b) { return select((a > b) | (a != a), a, b); }
 
 inline IVec lane_index() {
   IVec v;
@@ -118,7 +120,7 @@ inline IVec lane_index() {
 
 inline float max_of(Vec v) {
   float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  for (int i = 1; i < kLanes; ++i) m = maximum(m, v[i]);
   return m;
 }
 

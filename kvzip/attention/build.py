@@ -136,7 +136,15 @@ def build(target: str) -> Path:
         return path
     compiler = _compiler(target)
     logger.warning("compiling the %s kernels, once: %s", target, "seconds" if target == "cpu" else "a minute or two")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _compile(target, compiler, path)
+    except OSError as error:
+        raise KernelsUnavailable(f"the {target} kernels cannot be built: {error}") from error
+    return path
+
+
+def _compile(target: str, compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
         if target == "cpu":
@@ -147,7 +155,6 @@ def build(target: str) -> Path:
         else:
             _run([compiler, *cuda_command(sources()), "-o", str(made)])
         made.replace(path)
-    return path
 
 
 def cuda_architectures() -> tuple[str, ...]:

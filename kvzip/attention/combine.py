@@ -182,14 +182,15 @@ def _attend_padded(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One batch row whose keys `span` are padding; query rows that are padding themselves get zeros and -inf."""
     start, stop = span
-    pads = max(0, stop - max(start, keys.shape[1] - q_len))
+    past = keys.shape[1] - q_len
+    real = torch.tensor([i for i in range(q_len) if not start <= past + i < stop], device=rows.device)
     keys, values = (torch.cat([states[:, :start], states[:, stop:]], dim=1)[None] for states in (keys, values))
     heads, num_rows, head_dim = rows.shape
-    real = rows.view(heads, -1, q_len, head_dim)[:, :, pads:].reshape(1, heads, -1, head_dim)
     output = rows.new_zeros((1, heads, num_rows // q_len, q_len, values.shape[-1]), dtype=torch.float32)
     lse = rows.new_full(output.shape[:-1], -torch.inf, dtype=torch.float32)
-    if pads < q_len:
-        found, found_lse = _attend_tail(block, real, keys, values, q_len - pads, scaling=scaling, softcap=softcap)
-        output[..., pads:, :] = found.view(1, heads, -1, q_len - pads, found.shape[-1])
-        lse[..., pads:] = found_lse.view(1, heads, -1, q_len - pads)
+    if len(real):
+        shown = rows.view(heads, -1, q_len, head_dim)[:, :, real].reshape(1, heads, -1, head_dim)
+        found, found_lse = _attend_tail(block, shown, keys, values, len(real), scaling=scaling, softcap=softcap)
+        output[..., real, :] = found.view(1, heads, -1, len(real), found.shape[-1])
+        lse[..., real] = found_lse.view(1, heads, -1, len(real))
     return output.flatten(2, 3), lse.flatten(2, 3)

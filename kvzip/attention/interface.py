@@ -29,14 +29,16 @@ class LogicalLength(int):
 
     Attributes:
         sealed: how much of it is prefix and context, which cannot be padding.
+        hybrid: the model has sliding windows too, in which padding would take up places.
     """
 
     sealed: int
+    hybrid: bool
 
-    def __new__(cls, length: int, sealed: int = 0) -> "LogicalLength":
-        """An integer that remembers `sealed`."""
+    def __new__(cls, length: int, sealed: int = 0, hybrid: bool = False) -> "LogicalLength":
+        """An integer that remembers the rest."""
         self = super().__new__(cls, length)
-        self.sealed = sealed
+        self.sealed, self.hybrid = sealed, hybrid
         return self
 
 
@@ -163,6 +165,8 @@ def _padding(attention_mask: Tensor, kv_length: LogicalLength) -> Padding | None
     padded = attention_mask == 0
     if not bool(padded.any()):
         return None
+    if kv_length.hybrid:
+        raise ValueError("padding would take up places in sliding windows: batch queries of equal length")
     count, begin = padded.sum(1), padded.int().argmax(1)
     positions = torch.arange(padded.shape[1], device=padded.device)
     run = (positions >= begin[:, None]) & (positions < (begin + count)[:, None])

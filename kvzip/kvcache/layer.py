@@ -47,8 +47,16 @@ class ContextLayer(CacheLayerMixin, KVStates):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, backend: Backend, sliding_window: int | None = None) -> None:
+    def __init__(self, backend: Backend, sliding_window: int | None = None, *, hybrid: bool = False) -> None:
+        """Start empty.
+
+        Args:
+            backend: does the attention.
+            sliding_window: tokens that the layer, treated as global, must stay within.
+            hybrid: other layers of the model have sliding windows.
+        """
         super().__init__()
+        self.hybrid = hybrid
         self.backend = backend
         self.sliding_window = sliding_window
         self.context: RaggedKV | None = None
@@ -92,7 +100,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Logical key length and offset, marked so that no mask is made."""
-        return LogicalLength(self.get_seq_length() + query_length, self.sealed_length), 0
+        return LogicalLength(self.get_seq_length() + query_length, self.sealed_length, self.hybrid), 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -175,8 +183,8 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     @property
     def is_static(self) -> bool:
-        """Whether decoding steps can be captured: the kernel reads the tail's length on the device."""
-        return self.backend.static
+        """Whether decoding steps can be captured: the length is known on the device alone, and there is no window."""
+        return self.backend.static and self.sliding_window is None
 
     @property
     def sealed_length(self) -> int:

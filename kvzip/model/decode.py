@@ -28,6 +28,7 @@ from kvzip.kvcache import ContextLayer, KVCache
 _PLAIN = {"bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "max_length", "do_sample"}
 _PLAIN |= {"transformers_version", "use_cache", "cache_implementation"}
 _SAMPLING = {"temperature", "top_k", "top_p"}
+DEFAULT_TOP_K = 50  # transformers' own where sampling is asked for and top_k is not said
 _WORTH_A_GRAPH = 16  # steps
 _WARM_UP = 2  # steps before the capture
 _CHECK_EVERY = 8  # captured steps between two looks at what they gave, each of which waits for the GPU
@@ -61,7 +62,7 @@ class Plan:
 
 def make_plan(config: GenerationConfig) -> Plan | None:
     """Read a generation config; None where it asks for something that only transformers does."""
-    asked = {name for name, value in config.to_diff_dict().items() if value is not None and not name.startswith("_")}
+    asked = {name for name, value in config.to_diff_dict().items() if value not in (None, False) and name[0] != "_"}
     known = _PLAIN | _SAMPLING | {"repetition_penalty"}
     if not asked <= known or config.max_new_tokens is None or config.cache_implementation is not None:
         return None
@@ -72,8 +73,9 @@ def make_plan(config: GenerationConfig) -> Plan | None:
     if config.do_sample:
         if config.temperature not in (None, 1.0):
             processors.append(TemperatureLogitsWarper(config.temperature))
-        if config.top_k:
-            processors.append(TopKLogitsWarper(top_k=config.top_k))
+        top_k = DEFAULT_TOP_K if config.top_k is None else config.top_k
+        if top_k:
+            processors.append(TopKLogitsWarper(top_k=top_k))
         if config.top_p is not None and config.top_p < 1.0:
             processors.append(TopPLogitsWarper(top_p=config.top_p))
     return Plan(
@@ -102,7 +104,8 @@ def decode(
     device = ids.device
     past = kv.get_seq_length()
     sequence = torch.full((batch, start + plan.max_new_tokens), plan.pad_id, dtype=torch.int64, device=device)
-    sequence[:, :start] = ids
+    # Padding would be penalised as a repetition; a token that the row has anyway is not.
+    sequence[:, :start] = ids if mask is None else torch.where(mask.bool(), ids, ids[:, :1])
     positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp_min(0)
     logits = model(
         input_ids=ids[:, past:],
@@ -115,6 +118,9 @@ def decode(
     at = torch.full((batch, 1), start - 1, device=device) if positions is None else positions[:, -1:].clone()
     if graph is None:
         graph = device.type == "cuda" and plan.max_new_tokens >= _WORTH_A_GRAPH and _is_static(kv)
+    if graph and kv.context_layers[0].sliding_window is not None:
+        window = kv.context_layers[0].sliding_window
+        raise ValueError(f"captured steps cannot watch that the sliding window of {window} tokens is not crossed")
     eos = torch.tensor(plan.eos_ids, dtype=torch.int64, device=device)
     running = torch.ones(batch, dtype=torch.bool, device=device)
     step = _Step(model, kv, batch, at, plan.max_new_tokens if graph else None)

@@ -45,14 +45,19 @@ def generate(
     options = _options(model, kwargs, kv, len(history) + longest, closing=len(closing) if keep else -1)
     if len(queries) > 1 and any(options.get(name) is not None for name in _ASSISTED):
         raise ValueError("assisted decoding takes one query at a time")
-    pad = options.get("pad_token_id", model.model.generation_config.pad_token_id) or 0
-    ids, mask = _padded(model, history, queries, pad, before=kv is None)
+    # Padding is masked, whatever it is; as a token of the history it is no news to processors of logits.
+    pad = history[0] if history else 0
     if kv is None:
-        return _run(model, ids, mask, None, options)
-    start = len(history)
-    with kv.scratch(keep=keep):
-        answers = _run(model, ids, mask, kv, options)
-        if keep:
+        return _run(model, *_padded(history, queries, pad, model.device, before=True), None, options)
+    start, hybrid = len(history), len(kv.context_layers) < len(kv.layers)
+    answers: list[Tensor] = [torch.empty(0)] * len(queries)
+    for rows in _batches(queries, equal=hybrid):
+        batch = _padded(history, [queries[row] for row in rows], pad, model.device, before=False)
+        with kv.scratch(keep=keep):
+            for row, answer in zip(rows, _run(model, *batch, kv, options), strict=True):
+                answers[row] = answer
+            if not keep:
+                continue
             turn = [*queries[0], *answers[0].tolist(), *closing]
             rest = turn[kv.get_seq_length() - start :]
             if rest:
@@ -62,8 +67,21 @@ def generate(
     return answers
 
 
+def _batches(queries: list[list[int]], *, equal: bool) -> list[list[int]]:
+    """Indices of the queries that go together: all of them, or with `equal`, each length by itself.
+
+    Padding takes up places in sliding windows, so that models with such layers get none.
+    """
+    if not equal:
+        return [list(range(len(queries)))]
+    by_length: dict[int, list[int]] = {}
+    for row, query in enumerate(queries):
+        by_length.setdefault(len(query), []).append(row)
+    return list(by_length.values())
+
+
 def _padded(
-    model: ModelKVzip, history: list[int], queries: list[list[int]], pad: int, *, before: bool
+    history: list[int], queries: list[list[int]], pad: int, device: torch.device, *, before: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Rows of `history` and a query each, as ids and mask (batch, n).
 
@@ -76,9 +94,9 @@ def _padded(
         rows.append([pad] * pads + history + query if before else history + [pad] * pads + query)
         hidden, seen = [0] * pads, [1] * len(history)
         mask.append((hidden + seen if before else seen + hidden) + [1] * len(query))
-    ids = torch.tensor(rows, device=model.device)
+    ids = torch.tensor(rows, device=device)
     padded = any(len(query) < longest for query in queries)
-    return ids, torch.tensor(mask, device=model.device) if padded else None
+    return ids, torch.tensor(mask, device=device) if padded else None
 
 
 def _run(
@@ -107,6 +125,7 @@ def _until(row: Tensor, eos: Tensor) -> Tensor:
 def _effective_config(model: ModelKVzip, options: dict[str, Any]) -> GenerationConfig | None:
     """The generation config that `options` amount to; None where they hold more than one's fields."""
     config = copy.deepcopy(options.get("generation_config") or model.model.generation_config)
+    config.update(**model.model.generation_config.to_dict(), defaults_only=True)
     unused = config.update(**{name: value for name, value in options.items() if name != "generation_config"})
     return None if unused else config
 
@@ -165,6 +184,7 @@ def _check_room(model: ModelKVzip, wanted: int | None, room: int | None) -> None
 
 
 def _eos_ids(model: ModelKVzip, options: dict[str, Any]) -> set[int]:
-    config = options.get("generation_config") or model.model.generation_config
-    eos = options.get("eos_token_id", config.eos_token_id)
+    own = model.model.generation_config
+    config = options.get("generation_config") or own
+    eos = options.get("eos_token_id", own.eos_token_id if config.eos_token_id is None else config.eos_token_id)
     return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)

@@ -88,7 +88,7 @@ def make_layers(model: PreTrainedModel, backend: Backend, needed: int) -> list[C
         return [
             SlidingLayer(layer.sliding_window)
             if isinstance(layer, DynamicSlidingWindowLayer)
-            else ContextLayer(backend)
+            else ContextLayer(backend, hybrid=bool(sliding))
             for layer in layers
         ]
     window = min(layer.sliding_window for layer in sliding)
