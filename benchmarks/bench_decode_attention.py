@@ -5,12 +5,11 @@
 
 One layer, 32 query and 8 KV heads of 128, one query token, a tail of 16 tokens. Rows of the table:
 
-- kvzip: our kernel over the kept pairs, heads of the lengths that KVzip scores of the bundled model give
-  ("real"),
-  all equal, or adversarial (one head has everything; half of the heads are empty).
+- kvzip: our kernel over the kept pairs. Lengths of the heads: "real", which KVzip scores of the bundled model give;
+  equal; adversarial (one head has everything; half of the heads are empty).
 - packed SDPA: PyTorch's attention on a full cache that is written in place, GQA heads as query rows, its best form.
-- copied: the kept pairs are joined with the new token in a new flat cache, as the reference implementation of KVzip does
-  for every token, and then attended to by our kernel.
+- copied: the kept pairs are joined with the new token in a new flat cache, as the reference implementation of KVzip
+  does for every token, and then attended to by our kernel.
 - masked: a dense cache as long as the longest head, PyTorch's attention with a mask, as methods that cannot evict do.
 
 Calls are interleaved in one process; on a GPU the L2 cache is flushed before each.

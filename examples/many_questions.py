@@ -16,5 +16,7 @@ path = Path(tempfile.mkdtemp()) / "document.safetensors"
 kv.save(path)
 
 kv = model.load_kv(path)
-for question in ("What is my name?", "Where do I live?", "What does the red box hold?", "Where does Omar live?"):
-    print(f"{question:<30} {model.generate(question, kv=kv, max_new_tokens=12)}")
+questions = ["What is my name?", "Where do I live?", "What does the red box hold?", "Where does Omar live?"]
+# All at once: every decoding step reads the context's bytes once for all of them.
+for question, answer in zip(questions, model.generate(questions, kv=kv, max_new_tokens=12), strict=True):
+    print(f"{question:<30} {answer}")

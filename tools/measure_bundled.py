@@ -45,9 +45,10 @@ def ask(model: ModelKVzip, task: str, length: int, seed: int, questions: int, le
                 found[task, length, scorer, ratio] = found[task, length, SCORERS[0], ratio]
                 continue
             kv.prune(ratio, level, scorer=scorer)
+            answers = model.generate(record.questions, kv, max_new_tokens=record.max_new_tokens)
             found[task, length, scorer, ratio] = [
-                exams.score(task, model.generate(question, kv, max_new_tokens=record.max_new_tokens), references)
-                for question, references in zip(record.questions, record.answers, strict=True)
+                exams.score(task, answer, references)
+                for answer, references in zip(answers, record.answers, strict=True)
             ]
     return found
 

@@ -1,20 +1,21 @@
 """What each method scores; and that sizes of tiles and chunks are a matter of memory, not of numbers."""
 
 import logging
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 
 from kvzip import ModelKVzip
-from kvzip.attention import reference
+from kvzip.attention import BACKENDS, Focus, RaggedKV, TailKV, attend_focused, reference
 from kvzip.kvcache.selection import top_k_mask
+from kvzip.scoring.base import AttentionCall
 from kvzip.scoring.methods.knorm import KNorm
 from kvzip.scoring.methods.kvzip import KVzip
 from kvzip.scoring.methods.kvzip_plus import KVzipPlus
 from kvzip.scoring.methods.random import Random
 from kvzip.scoring.methods.streaming_llm import StreamingLLM
-from kvzip.scoring.reconstruction import Reconstruction, RepeatPrompts, max_attention, reconstruction_inputs
+from kvzip.scoring.reconstruction import Reconstruction, RepeatPrompts, largest_weights, reconstruction_inputs
 from tests.tiny import build, ids
 
 PREFIX, CONTEXT = ids(4, seed=2), ids(50, seed=1)
@@ -138,45 +139,61 @@ def test_evicted_or_continued_kvs_cannot_be_scored():
 # -- reconstruction ----------------------------------------------------------------------------------------------------
 
 
-def attention_problem():
+BACKEND_NAMES = [name for name, backend in BACKENDS.items() if backend.devices is None or "cpu" in backend.devices]
+
+
+def scoring_call(backend, focus, softcap=None):
+    """A layer's scoring pass over 60 stored keys: the call that a scorer sees, and naive attention over the focus."""
     torch.manual_seed(0)
-    query, keys = torch.randn(6, 17, 8), torch.randn(2, 40 + 17, 8)
-    weights = torch.rand(6, 17), torch.rand(6, 25)
-    return query, keys, slice(10, 35), weights
+    query, keys, new = torch.randn(6, 17, 8), torch.randn(2, 60, 8), torch.randn(2, 2, 17, 8)
+    store = RaggedKV(keys.reshape(120, 8), torch.randn(120, 8), (60, 60))
+    tail = TailKV(new[0][None], new[1][None], 17)
+    options = {"scaling": 0.3, "softcap": softcap}
+    output, lse = attend_focused(BACKENDS[backend].block, query[None], store, tail, focus, **options)
+    whole, _ = BACKENDS["reference"].attend(query[None], store, tail, **options)
+    torch.testing.assert_close(output, whole, atol=1e-5, rtol=1e-4)
+    call = AttentionCall(
+        0, None, query, new[0], new[1], 0.3, softcap, lse[0], partial(BACKENDS[backend].column_max, **options)
+    )
+    inside = torch.cat([keys[:, : focus.sink], keys[:, focus.start : focus.stop], new[0]], dim=1)
+    logits = query.double() @ inside.double().repeat_interleave(3, 0).transpose(1, 2) * 0.3
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits[:, :, -17:].masked_fill_(torch.ones(17, 17, dtype=torch.bool).triu(1), -torch.inf)
+    size = focus.stop - focus.start
+    return call, keys[:, focus.start : focus.stop], logits.softmax(-1)[..., focus.sink : focus.sink + size]
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("tile", [1, 700, 5000, 1 << 20])
-def test_max_attention_is_the_naive_one_whatever_the_tile(monkeypatch, tile, weighted, softcap):
-    """No q_len x kv_len tensor needs to be held, and holding less of it changes nothing."""
-    query, keys, columns, weights = attention_problem()
-    logits = (query.double() @ keys.double().repeat_interleave(3, 0).transpose(1, 2)) * 0.3
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    logits[:, :, 40:].masked_fill_(torch.ones(17, 17, dtype=torch.bool).triu(1), -torch.inf)
-    expected = logits.softmax(-1)[..., columns]
-    if weighted:
-        expected = expected * weights[0][..., None] * weights[1][:, None]
-    expected = expected.amax(1).view(2, 3, -1).amax(1)
+@pytest.mark.parametrize("focus", [Focus(4, 10, 35), Focus(0, 0, 60), Focus(4, 4, 5)], ids=str)
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("tile", [1, 700, 1 << 20])
+def test_largest_weights_are_the_naive_ones(monkeypatch, tile, backend, focus, weighted, softcap):
+    """The two-part form is exact: the normaliser comes from attention, whatever its tiles, maxima from a product."""
     monkeypatch.setitem(reference.TILE_LOGITS, "cpu", tile)
-    found = max_attention(query, keys, columns, 0.3, softcap, weights if weighted else None)
+    call, keys, attention = scoring_call(backend, focus, softcap)
+    weights = (torch.rand(6, 17), torch.rand(6, keys.shape[1])) if weighted else None
+    if weights is not None:
+        attention = attention * weights[0][..., None] * weights[1][:, None]
+    found = largest_weights(call, keys, weights)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.double(), attention.amax(1).view(2, 3, -1).amax(1), atol=1e-6, rtol=1e-4)
 
 
-def test_max_attention_never_holds_more_than_a_tile(monkeypatch):
-    query, keys, columns, _ = attention_problem()
+def test_column_max_never_holds_more_than_a_tile(monkeypatch):
     sizes = []
-    softmax = torch.softmax
+    logits_of = reference.logits_of
 
-    def measured(logits, *args, **kwargs):
-        sizes.append(logits.numel())
-        return softmax(logits, *args, **kwargs)
+    def measured(*args):
+        sizes.append(logits_of(*args).numel())
+        return logits_of(*args)
 
-    monkeypatch.setattr(torch, "softmax", measured)
+    monkeypatch.setattr(reference, "logits_of", measured)
     monkeypatch.setitem(reference.TILE_LOGITS, "cpu", 700)
-    max_attention(query, keys, columns, 0.3)
-    assert len(sizes) >= 8
+    call, keys, _ = scoring_call("reference", Focus(4, 10, 35))
+    sizes.clear()
+    largest_weights(call, keys)
+    assert len(sizes) >= 4
     assert max(sizes) <= 700
 
 
