@@ -115,7 +115,10 @@ def save(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, 
 
 
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the float32 weights, configurations and tokenizer that `from_pretrained(folder)` loads."""
+    """Write weights, configurations and tokenizer that `from_pretrained(folder)` loads.
+
+    The file holds the weights in float16, the configuration says that they are computed with in float32.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -124,7 +127,9 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=64,
     )
-    model.float().save_pretrained(folder)
+    model.half().save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
 
 
@@ -202,6 +207,7 @@ def finish(args: argparse.Namespace) -> None:
     saved = torch.load(args.checkpoints / CHECKPOINT, map_location="cpu", weights_only=True)
     model.load_state_dict(saved["model"])
     export(model, tokenizer, args.out)
+    model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     sampler = Sampler(tokenizer, sentences[: len(sentences) // HELD_OUT], split="test")
     for length in args.lengths:
         results = evaluate(model, sampler, length, args.samples)

@@ -33,6 +33,12 @@ typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
+#if defined(__aarch64__)
+typedef __fp16 Half;  // g++ has _Float16 there from version 13 on only
+#else
+typedef _Float16 Half;
+#endif
+
 struct bfloat16 {
   uint16_t bits;
 };
@@ -60,9 +66,9 @@ inline Vec load(const float16* p) {
 #elif defined(__AVX2__) && defined(__F16C__)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  Vec v;
+  Vec v = {};
   for (int i = 0; i < kLanes; ++i) {
-    _Float16 x;
+    Half x;
     std::memcpy(&x, p + i, sizeof x);
     v[i] = static_cast<float>(x);
   }
@@ -80,7 +86,7 @@ inline float to_float(bfloat16 x) {
   return f;
 }
 inline float to_float(float16 x) {
-  _Float16 h;
+  Half h;
   std::memcpy(&h, &x.bits, sizeof h);
   return static_cast<float>(h);
 }
@@ -94,7 +100,7 @@ inline void from_float(float x, bfloat16* p) {
   p->bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 inline void from_float(float x, float16* p) {
-  const _Float16 h = static_cast<_Float16>(x);
+  const Half h = static_cast<Half>(x);
   std::memcpy(&p->bits, &h, sizeof h);
 }
 

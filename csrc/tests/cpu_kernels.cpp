@@ -20,6 +20,12 @@
 
 namespace {
 
+#if defined(__aarch64__)
+typedef __fp16 Half;
+#else
+typedef _Float16 Half;
+#endif
+
 using kvzip::Attention;
 using kvzip::ColumnMax;
 using kvzip::DType;
@@ -168,7 +174,7 @@ void put(DType dtype, float x, void* to) {
     const uint16_t high = static_cast<uint16_t>(bits >> 16);
     std::memcpy(to, &high, 2);
   } else {
-    const _Float16 half = static_cast<_Float16>(x);
+    const Half half = static_cast<Half>(x);
     std::memcpy(to, &half, 2);
   }
 }
@@ -187,7 +193,7 @@ double get(DType dtype, const void* from) {
     std::memcpy(&x, &bits, 4);
     return x;
   }
-  _Float16 half;
+  Half half;
   std::memcpy(&half, from, 2);
   return static_cast<float>(half);
 }

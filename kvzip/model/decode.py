@@ -7,6 +7,7 @@ and lengths live on the device.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from transformers import (
 
 from kvzip.kvcache import ContextLayer, KVCache
 
+logger = logging.getLogger(__name__)
 _PLAIN = {"bos_token_id", "eos_token_id", "pad_token_id", "max_new_tokens", "max_length", "do_sample"}
 _PLAIN |= {"transformers_version", "use_cache", "cache_implementation"}
 _SAMPLING = {"temperature", "top_k", "top_p"}
@@ -153,6 +155,7 @@ class _Step:
 
     def __init__(self, model: PreTrainedModel, kv: KVCache, batch: int, at: Tensor, capacity: int | None) -> None:
         self.model, self.kv, self.capacity = model, kv, capacity
+        self.captured = capacity is not None and at.is_cuda
         self.positions = at
         self.tokens = torch.zeros((batch, 1), dtype=torch.int64, device=at.device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -183,15 +186,27 @@ class _Step:
         """Feed tokens (batch,); return logits (batch, vocab_size), overwritten by the next step where captured."""
         self.tokens.copy_(tokens[:, None])
         self.steps += 1
-        if self.capacity is None or not self.tokens.is_cuda or self.steps <= _WARM_UP:
+        if not self.captured or self.steps <= _WARM_UP:
             return self._forward()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = self._forward()
-        self.graph.replay()
+        if self.graph is None and not self._capture():
+            return self._forward()
+        assert self.graph is not None
         assert self.logits is not None
+        self.graph.replay()
         return self.logits
+
+    def _capture(self) -> bool:
+        """Record a step, without doing it; False where the model does something that cannot be recorded."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.logits = self._forward()
+        except RuntimeError as error:
+            logger.warning("decoding goes on without a CUDA graph: %s", error)
+            self.captured = False
+            return False
+        self.graph = graph
+        return True
 
     def _forward(self) -> Tensor:
         self.positions += 1
