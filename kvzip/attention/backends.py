@@ -70,6 +70,7 @@ class Backend:
         attend, block, column_max: its functions; they work once `load` has returned.
         devices: device types that it computes on; None = any.
         load: build or find what it needs; raises KernelsUnavailable.
+        misfit: (head_dim, dtype) -> why it cannot serve such a model, None = it can.
         static: it reads the tail's length on the device, so that decoding steps can be captured as a CUDA graph.
     """
 
@@ -80,6 +81,7 @@ class Backend:
     column_max: ColumnMax = reference.column_max
     devices: tuple[str, ...] | None = None
     load: Callable[[], None] = lambda: None
+    misfit: Callable[[int, torch.dtype], str | None] = lambda head_dim, dtype: None
     static: bool = False
 
 
@@ -89,27 +91,40 @@ BACKENDS = {
         Backend("reference", "plain PyTorch in float32, the oracle", reference.attend, reference.block),
         Backend("torch", "PyTorch's fused attention, head by head", fused.attend, fused.block, devices=("cpu", "cuda")),
         Backend("cpu", "the C++ kernel", cpu.attend, fused.block, cpu.column_max, ("cpu",), cpu.load),
-        Backend("cuda", "the CUDA kernel", cuda.attend, fused.block, cpu.column_max, ("cuda",), cuda.load, static=True),
+        Backend(
+            "cuda",
+            "the CUDA kernel",
+            cuda.attend,
+            fused.block,
+            cpu.column_max,
+            ("cuda",),
+            cuda.load,
+            cuda.misfit,
+            static=True,
+        ),
         Backend("flash", "the flash-attn package", flash.attend, flash.block, devices=("cuda",), load=flash.load),
     )
 }
 _AUTO = {("cpu",): ("cpu", "torch"), ("cuda",): ("cuda", "flash", "torch"), ("cpu", "cuda"): ("torch",)}
 
 
-def resolve_backend(name: str, devices: Iterable[torch.device]) -> Backend:
+def resolve_backend(
+    name: str, devices: Iterable[torch.device], *, head_dim: int = 64, dtype: torch.dtype = torch.float32
+) -> Backend:
     """Return the backend called `name` for layers on `devices`, ready for use.
 
     Args:
         name: "reference" | "torch" | "cpu" | "cuda" | "flash", or "auto": the first that is available of cpu and torch
             on a CPU; of cuda, flash and torch on a GPU; else the reference. It is logged, and why a faster one is not.
+        head_dim, dtype: the model's.
 
     Raises:
-        ValueError: unknown name, or a backend that does not compute on these devices.
+        ValueError: unknown name, or a backend that does not compute on these devices or for such a model.
         KernelsUnavailable: the backend needs a compiler, a driver or a package that is missing; the message says which.
     """
     kinds = tuple(sorted({device.type for device in devices}))
     if name == "auto":
-        backend = BACKENDS[_first_available(_AUTO.get(kinds, ()))]
+        backend = BACKENDS[_first_available(_AUTO.get(kinds, ()), head_dim, dtype)]
         logger.info("attention backend: %s (%s), layers on %s", backend.name, backend.summary, ", ".join(kinds))
         return backend
     if not isinstance(name, str) or name not in BACKENDS:
@@ -122,12 +137,19 @@ def resolve_backend(name: str, devices: Iterable[torch.device]) -> Backend:
             f"backend {name!r} computes on {' and '.join(backend.devices)}, but layers are on {', '.join(kinds)}; "
             "use 'auto' or 'reference'"
         )
+    reason = backend.misfit(head_dim, dtype)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot serve this model: {reason}; use 'auto' or 'torch'")
     backend.load()
     return backend
 
 
-def _first_available(names: Iterable[str]) -> str:
+def _first_available(names: Iterable[str], head_dim: int, dtype: torch.dtype) -> str:
     for name in names:
+        reason = BACKENDS[name].misfit(head_dim, dtype)
+        if reason is not None:
+            logger.warning("attention backend %s cannot serve this model: %s", name, reason)
+            continue
         try:
             BACKENDS[name].load()
         except KernelsUnavailable as error:

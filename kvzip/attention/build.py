@@ -22,6 +22,7 @@ import torch
 logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).resolve().parent.parent
 TARGETS = ("cpu", "cuda")
+OLDEST_TORCH = "2.11"
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11: the oldest whose stable ABI has all that the bindings use
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
 
@@ -55,8 +56,14 @@ def sources() -> Path:
 
 def cache_folder() -> Path:
     """Where built libraries are kept: $KVZIP_CACHE, else kvzip in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("KVZIP_CACHE") or Path(home) / "kvzip") / "kernels"
+    chosen = os.environ.get("KVZIP_CACHE")
+    if chosen:
+        return Path(chosen) / "kernels"
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise KernelsUnavailable(f"there is no folder for compiled kernels ({error}); set KVZIP_CACHE") from error
+    return home / "kvzip" / "kernels"
 
 
 def isas() -> dict[str, tuple[str, ...]]:
@@ -109,14 +116,18 @@ def _compiler(target: str) -> str:
     raise KernelsUnavailable(f"the {target} kernels are not built, and {wanted} was not found")
 
 
-def library_path(target: str) -> Path:
+def library_path(target: str, *, everything: bool = False) -> Path:
     """Where the library of `target` ("cpu" or "cuda") belongs, built or not.
+
+    Args:
+        everything: the one for all GPU architectures, not this machine's alone.
 
     Raises:
         KernelsUnavailable: no sources.
     """
     folder = sources()
-    targets = isas() if target == "cpu" else cuda_architectures()
+    every = CUDA_ARCHITECTURES if everything else cuda_architectures()
+    targets = isas() if target == "cpu" else every
     digest = hashlib.sha256(f"{torch.__version__} {platform.machine()} {targets}".encode())
     digest.update(Path(__file__).read_bytes())
     files = [*(folder / "include").rglob("*"), *(folder / target).rglob("*")]
@@ -131,9 +142,12 @@ def build(target: str) -> Path:
     Raises:
         KernelsUnavailable: no compiler or no sources, a compiler that fails, or a torch too old.
     """
+    if torch.__version__ < OLDEST_TORCH:  # a TorchVersion, which compares as versions do
+        raise KernelsUnavailable(f"the {target} kernels need torch {OLDEST_TORCH}, this is {torch.__version__}")
     path = library_path(target)
-    if path.exists():
-        return path
+    for found in (path, library_path(target, everything=True)):
+        if found.exists():
+            return found
     compiler = _compiler(target)
     logger.warning("compiling the %s kernels, once: %s", target, "seconds" if target == "cpu" else "a minute or two")
     try:
@@ -158,9 +172,15 @@ def _compile(target: str, compiler: str, path: Path) -> None:
 
 
 def cuda_architectures() -> tuple[str, ...]:
-    """Those of this machine's GPUs where there are any and all are known, so that a first use waits less; else all."""
-    here = sorted({"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
-    return tuple(here) if here and set(here) <= set(CUDA_ARCHITECTURES) else CUDA_ARCHITECTURES
+    """Those that this machine's GPUs run, so that a first use waits less; all where there is none, or a newer one."""
+    found = set()
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        known = [one for one in CUDA_ARCHITECTURES if one[:-1] == str(major) and int(one[-1]) <= minor]
+        if not known:
+            return CUDA_ARCHITECTURES
+        found.add(known[-1])
+    return tuple(sorted(found, key=int)) or CUDA_ARCHITECTURES
 
 
 def cuda_command(folder: Path) -> list[str]:
@@ -182,18 +202,28 @@ def _run(command: list[str]) -> None:
         raise KernelsUnavailable(message) from error
 
 
-@cache
 def load(target: str) -> Path:
-    """Build where needed, and register the operators of `target` with torch; once a process.
+    """Build where needed, and register the operators of `target` with torch; once a process, also where it fails.
 
     Raises:
         KernelsUnavailable: as `build`.
     """
-    path = build(target)
+    found = _load(target)
+    if isinstance(found, KernelsUnavailable):
+        raise found
+    return found
+
+
+@cache
+def _load(target: str) -> Path | KernelsUnavailable:
+    try:
+        path = build(target)
+    except KernelsUnavailable as error:
+        return error
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise KernelsUnavailable(f"the {target} kernels in {path} do not load: {error}") from error
+        return KernelsUnavailable(f"the {target} kernels in {path} do not load: {error}")
     return path
 
 

@@ -19,20 +19,19 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend; see `backends.Backend`.
-
-    Raises:
-        ValueError: a head_dim or dtype that the kernel was not compiled for.
-    """
+    """Attend; see `backends.Backend`."""
     if query.shape[2] > MOST_QUERY_TOKENS:
         return fused.attend(query, context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
-    dims = {query.shape[-1], tail.values.shape[-1]}
-    if len(dims) > 1 or not dims.issubset(HEAD_DIMS) or query.dtype not in cpu.DTYPES:
-        raise ValueError(
-            f"backend 'cuda' has no kernel for head_dim {sorted(dims)} in {query.dtype}: expected one of {HEAD_DIMS} "
-            "in float32, bfloat16 or float16; use backend='torch'"
-        )
     return cpu.launch(query, context, tail, scaling, softcap, sinks)
+
+
+def misfit(head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot serve a model, None = it can."""
+    if head_dim not in HEAD_DIMS:
+        return f"it has no kernel for head_dim {head_dim}, only for {HEAD_DIMS}"
+    if dtype not in cpu.DTYPES:
+        return f"it has no kernel for {dtype}, only for float32, bfloat16 and float16"
+    return None
 
 
 def load() -> None:
@@ -43,4 +42,7 @@ def load() -> None:
     """
     if not torch.cuda.is_available():
         raise build.KernelsUnavailable("backend 'cuda' needs a CUDA device and driver, and torch sees none")
+    oldest = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    if oldest < (8, 0):
+        raise build.KernelsUnavailable(f"backend 'cuda' needs compute capability 8.0, a device here has {oldest}")
     build.load("cuda")

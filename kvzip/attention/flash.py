@@ -29,7 +29,7 @@ def load() -> None:
 
 def attend(query: Tensor, context: RaggedKV | None, tail: TailKV, **options: Any) -> tuple[Tensor, Tensor]:
     """Attend; see `backends.Backend`. float32 and masked contexts, which flash-attn does not take, are PyTorch's."""
-    if query.dtype == torch.float32:
+    if query.dtype not in (torch.float16, torch.bfloat16):
         return fused.attend(query, context, tail, **options)
     return attend_blocks(block, query, context, tail, ragged=_ragged, **options)
 
@@ -41,7 +41,7 @@ def block(
     """Attend; see `combine.Block`."""
     from flash_attn import flash_attn_func
 
-    if mask is not None or rows.dtype == torch.float32:
+    if mask is not None or rows.dtype not in (torch.float16, torch.bfloat16):
         return reference.block(rows, keys, values, scaling=scaling, softcap=softcap, mask=mask, causal=causal)
     batch, heads, num_rows, head_dim = rows.shape
     groups = num_rows // keys.shape[2] if causal else 1
@@ -58,7 +58,7 @@ def block(
 def _ragged(rows: Tensor, context: RaggedKV, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     from flash_attn import flash_attn_varlen_func
 
-    if context.mask is not None:
+    if context.mask is not None or not any(context.lengths):
         return attend_ragged(block, rows, context, scaling=scaling, softcap=softcap)
     _, heads, num_rows, head_dim = rows.shape
     starts = torch.arange(0, (heads + 1) * num_rows, num_rows, dtype=torch.int32, device=rows.device)

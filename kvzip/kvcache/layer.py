@@ -252,6 +252,8 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON facts from which `unpack` restores the layer."""
+        if self.tail_length and (self.tail.batch > 1 or self.tail.skip is not None):
+            raise ValueError(f"this kv holds the turns of {self.tail.batch} sequences: crop them before saving")
         tensors = {"keys": self.store.keys, "values": self.store.values}
         if self.keep_mask is not None:
             tensors["keep_mask"] = self.keep_mask

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvzip.attention import TailKV
 
 _FIRST_CAPACITY = 64
-Mark = tuple[int, int, tuple[Tensor, Tensor] | None, Tensor | None]
+Floor = tuple[int, tuple[Tensor, Tensor] | None, Tensor | None]  # length, buffers and padding when a block began
 
 
 class Tail:
@@ -18,14 +18,14 @@ class Tail:
 
     Attributes:
         length: tokens in use.
-        floor: tokens that `crop` cannot take back: those there were when a scratch block began.
         skip: padding of a batch, as in `TailKV`; stays until what was appended with it is dropped.
     """
 
     def __init__(self) -> None:
-        self.length = self.floor = 0
+        self.length = 0
         self.skip: Tensor | None = None
         self._fixed: tuple[Tensor, Tensor] | None = None
+        self._at_floor: Floor = (0, None, None)
         self._reserved = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
 
@@ -38,6 +38,11 @@ class Tail:
     def nbytes(self) -> int:
         """Bytes of the buffers, at their capacity."""
         return 0 if self._buffers is None else sum(buffer.nbytes for buffer in self._buffers)
+
+    @property
+    def floor(self) -> int:
+        """Tokens that `crop` cannot take back: those there were when a scratch block began."""
+        return self._at_floor[0]
 
     @property
     def batch(self) -> int:
@@ -98,9 +103,10 @@ class Tail:
         self._fixed = write_at, length
 
     def unfix(self, steps: int) -> None:
-        """End what `fix` began, after `steps` tokens."""
-        self._fixed = None
-        self.length += steps
+        """End what `fix` began, if it did, after `steps` tokens."""
+        if self._fixed is not None:
+            self._fixed = None
+            self.length += steps
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens.
@@ -112,20 +118,26 @@ class Tail:
         if not -most <= tokens_to_remove <= 0:
             raise ValueError(f"cannot crop by {tokens_to_remove}: expected -{most} to 0, what was appended")
         self.length += tokens_to_remove
+        if self.length == self.floor:
+            self._back_to(self._at_floor)
 
-    def mark(self) -> Mark:
+    def mark(self) -> Floor:
         """What `release` needs to bring the tail back; until then nothing before it can be cropped."""
-        mark = self.length, self.floor, self._buffers, self.skip
-        self.floor = self.length
-        return mark
+        before = self._at_floor
+        self._at_floor = self.length, self._buffers, self.skip
+        return before
 
-    def release(self, mark: Mark, *, drop: bool) -> None:
+    def release(self, mark: Floor, *, drop: bool) -> None:
         """End what `mark` began; with `drop`, be as it was then, except that larger buffers are kept for next time."""
-        length, self.floor, buffers, skip = mark
+        self._fixed = None
         if drop:
-            self.length, self.skip = length, skip
-            if self.batch != (1 if buffers is None else buffers[0].shape[0]):
-                self._buffers = buffers
+            self._back_to(self._at_floor)
+        self._at_floor = mark
+
+    def _back_to(self, floor: Floor) -> None:
+        self.length, buffers, self.skip = floor
+        if self.batch != (1 if buffers is None else buffers[0].shape[0]):
+            self._buffers = buffers
 
     def take(self) -> tuple[Tensor, Tensor]:
         """Return the states in use and be empty: they are no longer the tail's."""
@@ -146,7 +158,7 @@ class Tail:
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Tail:
         """Return a tail with `function(buffer)` in place of every buffer."""
         new = Tail()
-        new.length, new.floor, new._reserved = self.length, self.floor, self._reserved
+        new.length, new._reserved = self.length, self._reserved
         new.skip = None if self.skip is None else function(self.skip)
         if self._buffers is not None:
             keys, values = self._buffers

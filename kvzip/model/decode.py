@@ -7,7 +7,9 @@ and lengths live on the device.
 
 from __future__ import annotations
 
+import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,7 +121,7 @@ def decode(
     ).logits[:, -1]
     at = torch.full((batch, 1), start - 1, device=device) if positions is None else positions[:, -1:].clone()
     if graph is None:
-        graph = device.type == "cuda" and plan.max_new_tokens >= _WORTH_A_GRAPH and _is_static(kv)
+        graph = device.type == "cuda" and plan.max_new_tokens >= _WORTH_A_GRAPH and _is_static(model, kv, device)
     if graph and kv.context_layers[0].sliding_window is not None:
         window = kv.context_layers[0].sliding_window
         raise ValueError(f"captured steps cannot watch that the sliding window of {window} tokens is not crossed")
@@ -170,9 +172,9 @@ class _Step:
             return
         cursor = torch.tensor([self.kv.tail_length], dtype=torch.int64, device=self.positions.device)
         self.write_at, self.length = cursor, cursor.clone()
-        for layer in self.kv.context_layers:
-            layer.tail.fix(self.capacity, self.write_at, self.length)
         try:
+            for layer in self.kv.context_layers:
+                layer.tail.fix(self.capacity, self.write_at, self.length)
             yield
         finally:
             for layer in self.kv.context_layers:
@@ -186,8 +188,10 @@ class _Step:
         """Feed tokens (batch,); return logits (batch, vocab_size), overwritten by the next step where captured."""
         self.tokens.copy_(tokens[:, None])
         self.steps += 1
-        if not self.captured or self.steps <= _WARM_UP:
+        if not self.captured or self.steps < _WARM_UP:
             return self._forward()
+        if self.steps == _WARM_UP:
+            return self._watched_forward()
         if self.graph is None and not self._capture():
             return self._forward()
         assert self.graph is not None
@@ -197,16 +201,35 @@ class _Step:
 
     def _capture(self) -> bool:
         """Record a step, without doing it; False where the model does something that cannot be recorded."""
-        graph = torch.cuda.CUDAGraph()
+        device, graph = self.positions.device, torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self.logits = self._forward()
+            # The outer block restores the stream even where ending a broken capture raises.
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+                stream = torch.cuda.Stream(device)
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    self.logits = self._forward()
         except RuntimeError as error:
             logger.warning("decoding goes on without a CUDA graph: %s", error)
             self.captured = False
             return False
         self.graph = graph
         return True
+
+    def _watched_forward(self) -> Tensor:
+        """A plain step that notices what would break a capture: waiting for the GPU (some RoPE types do)."""
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                logits = self._forward()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        waits = [str(one.message) for one in seen if "synchroniz" in str(one.message)]
+        if waits:
+            logger.info("decoding without a CUDA graph: a step of this model waits for the GPU (%s)", waits[0])
+            self.captured = False
+        return logits
 
     def _forward(self) -> Tensor:
         self.positions += 1
@@ -218,10 +241,17 @@ class _Step:
         return logits
 
 
-def _is_static(kv: KVCache) -> bool:
-    """Whether a step can be captured: sliding windows move, and the kernel has to read lengths on the device."""
-    devices = {layer.device for layer in kv.layers}
-    return len(devices) == 1 and all(isinstance(layer, ContextLayer) and layer.is_static for layer in kv.layers)
+def _is_static(model: PreTrainedModel, kv: KVCache, device: torch.device) -> bool:
+    """Whether a step can be captured.
+
+    Sliding windows move, the kernel has to read lengths on the device, and a model that makes its positions from the
+    cache's length instead of taking them would have the same ones in every step.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    return {layer.device for layer in kv.layers} == {device} and all(
+        isinstance(layer, ContextLayer) and layer.is_static for layer in kv.layers
+    )
 
 
 def _last_only(model: PreTrainedModel) -> dict[str, int]:

@@ -88,7 +88,11 @@ class ModelKVzip:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, kv_type: str, backend: str
     ) -> None:
         self.model, self.tokenizer, self.name, self.kv_type = model, tokenizer, name, kv_type
-        self._backend = resolve_backend(backend, {one.device for one in model.parameters() if not one.is_meta})
+        devices = {one.device for one in model.parameters() if not one.is_meta}
+        config = model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_attention_heads", None) or 1
+        head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads
+        self._backend = resolve_backend(backend, devices, head_dim=head_dim, dtype=model.dtype)
         self.prompting = Prompting(tokenizer)
         self._seams = check_architecture(model, self._backend)
 

@@ -22,9 +22,9 @@ CPU = torch.device("cpu")
 def fresh(monkeypatch, tmp_path):
     """A cache folder of its own that is empty, and a process that has not asked for kernels yet."""
     monkeypatch.setenv("KVZIP_CACHE", str(tmp_path / "cache"))
-    build.load.cache_clear()
+    build._load.cache_clear()
     yield tmp_path
-    build.load.cache_clear()
+    build._load.cache_clear()
 
 
 def program(path, text):

@@ -9,6 +9,8 @@ import torch
 from kvzip import ModelKVzip
 from kvzip.attention import BACKENDS
 from kvzip.kvcache import ContextLayer, KVCache, SlidingLayer
+from kvzip.kvcache.tail import Tail
+from kvzip.model import decode
 from tests.tiny import build, ids
 
 CONTEXT, PREFIX, QUERY = ids(60, seed=1), ids(4, seed=2), ids(5, seed=3)
@@ -293,3 +295,52 @@ def test_sliding_layers_hold_no_more_than_their_window():
         if isinstance(layer, SlidingLayer):
             assert layer.keys.shape[2] == 15
             assert layer.keys.untyped_storage().nbytes() <= 16 * 2 * 8 * 4
+
+
+def test_a_padded_batch_leaves_nothing_behind_when_it_is_cropped():
+    """Stock generation of a padded batch outside a scratch block, then `crop`: the kv is as it was."""
+    model = ModelKVzip.from_model(build("llama"), None)
+    kv = model.prefill(ids(30, seed=1), prefix_ids=[], scorer=None)
+    query = ids(5, seed=2)
+    before = model.generate([query, query], kv=kv, max_new_tokens=6)
+    history = kv.input_ids.tolist()
+    rows = torch.tensor([history + query, history + history[:3] + query[3:]])
+    mask = torch.ones_like(rows)
+    mask[1, 30:33] = 0
+    model.model.generate(rows, attention_mask=mask, past_key_values=kv, max_new_tokens=6, do_sample=False)
+    kv.crop(-kv.tail_length)
+    assert kv.tail_length == 0
+    after = model.generate([query, query], kv=kv, max_new_tokens=6)
+    assert all(map(torch.equal, before, after))
+    assert torch.equal(model.generate(query, kv=kv, max_new_tokens=6), before[0])
+
+
+def test_a_batch_of_turns_is_not_saved(tmp_path):
+    model = ModelKVzip.from_model(build("llama"), None)
+    kv = model.prefill(ids(30, seed=1), prefix_ids=[], scorer=None)
+    rows = torch.tensor([kv.input_ids.tolist() + ids(5, seed=2)] * 2)
+    with kv.scratch():
+        model.model(rows[:, 30:], past_key_values=kv, use_cache=True)
+        with pytest.raises(ValueError, match="turns of 2 sequences"):
+            kv.save(tmp_path / "kv")
+
+
+def test_running_out_of_memory_while_tails_are_fixed_leaves_none_fixed(monkeypatch):
+    model = ModelKVzip.from_model(build("llama"), None)
+    kv = model.prefill(ids(30, seed=1), prefix_ids=[], scorer=None)
+    query = ids(5, seed=2)
+    before = model.generate(query, kv=kv, max_new_tokens=6)
+    fix, calls = Tail.fix, []
+
+    def failing(tail, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        fix(tail, *args)
+
+    monkeypatch.setattr(Tail, "fix", failing)
+    sequence = torch.tensor([kv.input_ids.tolist() + query])
+    plan = decode.Plan(6, (), 0, False, decode.LogitsProcessorList())
+    with torch.no_grad(), pytest.raises(MemoryError), kv.scratch():
+        decode.decode(model.model, kv, sequence, None, plan, graph=True)
+    assert torch.equal(model.generate(query, kv=kv, max_new_tokens=6), before)
