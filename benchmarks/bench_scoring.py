@@ -85,8 +85,8 @@ def main() -> None:
                 f"| {median:.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {allowed:.2f} | {median / allowed - 1:+.0%} |"
             )
             print(lines[-1], flush=True)
-    suffix, option = ("", "") if args.device == "cpu" else ("_cuda", " --device cuda")
-    write(f"scoring{suffix}", f"python benchmarks/bench_scoring.py{option}", lines)
+    suffix = "" if args.device == "cpu" else "_cuda"
+    write(f"scoring{suffix}", " ".join(["python", "benchmarks/bench_scoring.py", *sys.argv[1:]]), lines)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Compiles the kernels in csrc/ at first use, or by `make kernels`, and keeps the libraries in a cache folder.
 
 Importing the package needs no compiler: only asking for the backend "cpu" or "cuda" does. A library is named after
-everything it follows from (sources, flags, compiler, torch), so that a stale one is never loaded.
+everything it follows from (sources, flags, torch), so that a stale one is never loaded.
 """
 
 from __future__ import annotations
