@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvzip.attention import cpu, cuda, flash, fused, reference
+from kvzip.attention import cpu, cuda, flash, fused, native, reference
 from kvzip.attention.build import KernelsUnavailable
 from kvzip.attention.combine import Block
 from kvzip.attention.ragged import RaggedKV, TailKV
@@ -90,13 +90,13 @@ BACKENDS = {
     for backend in (
         Backend("reference", "plain PyTorch in float32, the oracle", reference.attend, reference.block),
         Backend("torch", "PyTorch's fused attention, head by head", fused.attend, fused.block, devices=("cpu", "cuda")),
-        Backend("cpu", "the C++ kernel", cpu.attend, fused.block, cpu.column_max, ("cpu",), cpu.load),
+        Backend("cpu", "the C++ kernel", cpu.attend, fused.block, native.column_max, ("cpu",), cpu.load),
         Backend(
             "cuda",
             "the CUDA kernel",
             cuda.attend,
             fused.block,
-            cpu.column_max,
+            native.column_max,
             ("cuda",),
             cuda.load,
             cuda.misfit,

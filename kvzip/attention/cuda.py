@@ -1,35 +1,20 @@
-"""The CUDA kernel for decoding and for short queries; longer ones are PyTorch's fused attention."""
+"""The CUDA kernel."""
+
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from kvzip.attention import build, cpu, fused
-from kvzip.attention.ragged import RaggedKV, TailKV
+from kvzip.attention import build, native
 
-MOST_QUERY_TOKENS = 128
 HEAD_DIMS = (64, 96, 128, 256)
-
-
-def attend(
-    query: Tensor,
-    context: RaggedKV | None,
-    tail: TailKV,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attend; see `backends.Backend`."""
-    if query.shape[2] > MOST_QUERY_TOKENS:
-        return fused.attend(query, context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
-    return cpu.launch(query, context, tail, scaling, softcap, sinks)
+attend = partial(native.attend, most_query_tokens=128)
 
 
 def misfit(head_dim: int, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot serve a model, None = it can."""
     if head_dim not in HEAD_DIMS:
         return f"it has no kernel for head_dim {head_dim}, only for {HEAD_DIMS}"
-    if dtype not in cpu.DTYPES:
+    if dtype not in native.DTYPES:
         return f"it has no kernel for {dtype}, only for float32, bfloat16 and float16"
     return None
 

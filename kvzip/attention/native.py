@@ -1,12 +1,19 @@
 """The operators that csrc/ implements: `torch.ops.kvzip.attend` and `torch.ops.kvzip.column_max`.
 
-Schemas and fake implementations are here; a library from `kvzip.attention.build` brings the CPU or CUDA implementation.
+Schemas, fake implementations and calls are here; a library from `kvzip.attention.build` brings the CPU or CUDA
+implementation. The kernels are for decoding and short queries: longer ones are bound by arithmetic, and PyTorch's
+matrix products then win.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from kvzip.attention import fused, reference
+from kvzip.attention.ragged import RaggedKV, TailKV
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 torch.library.define(
     "kvzip::attend",
@@ -33,3 +40,38 @@ def _attend_fake(
 @torch.library.register_fake("kvzip::column_max")
 def _column_max_fake(query: Tensor, keys: Tensor, lse: Tensor, scaling: float, softcap: float | None) -> Tensor:
     return query.new_empty((query.shape[0], keys.shape[1]), dtype=torch.float32)
+
+
+def attend(
+    query: Tensor,
+    context: RaggedKV | None,
+    tail: TailKV,
+    *,
+    most_query_tokens: int,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend by the kernel of the query's device; see `backends.Attend`.
+
+    Args:
+        most_query_tokens: longer queries, and dtypes without a kernel, go to PyTorch's fused attention.
+    """
+    if query.shape[2] > most_query_tokens or query.dtype not in DTYPES:
+        return fused.attend(query, context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
+    store: tuple[Tensor | None, ...] = (None,) * 5
+    if context is not None:
+        store = (context.keys, context.values, context.cu_seqlens_k, context.cu_tiles, context.mask)
+    if sinks is not None:
+        sinks = sinks.float()
+    rest = (tail.keys, tail.values, tail.length, tail.cursor, tail.skip, scaling, softcap, sinks)
+    output: tuple[Tensor, Tensor] = torch.ops.kvzip.attend(query, *store, *rest)
+    return output
+
+
+def column_max(query: Tensor, keys: Tensor, lse: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """See `backends.ColumnMax`."""
+    if query.dtype not in DTYPES:
+        return reference.column_max(query, keys, lse, scaling, softcap)
+    found: Tensor = torch.ops.kvzip.column_max(query, keys, lse.contiguous(), scaling, softcap)
+    return found

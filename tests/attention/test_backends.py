@@ -30,7 +30,9 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 def check(backend, arguments, **options):
     """PyTorch's fused attention, which does long queries, keeps its log-sum-exp in less than float32."""
-    fused = backend == "torch" or (backend == "cpu" and arguments[0].shape[2] > cpu.MOST_QUERY_TOKENS)
+    fused = backend == "torch" or (
+        backend == "cpu" and arguments[0].shape[2] > cpu.attend.keywords["most_query_tokens"]
+    )
     low = fused and arguments[0].dtype != torch.float32
     problems.check(backend, *arguments, lse_atol=2e-2 if low else 1e-5, **options)
 
