@@ -10,6 +10,7 @@ from pathlib import Path
 from kvzip import ModelKVzip
 from kvzip import data as exams
 
+TASKS = ("facts", "kv", "passkey")
 SHIPPED = Path(__file__).resolve().parent.parent / "kvzip" / "head_scores" / "files"
 
 
@@ -27,10 +28,10 @@ def main() -> None:
     else:
         texts = [
             exams.generate(task, seed, split="train", tokens=args.tokens, count_tokens=model.tokenizer).context
-            for task in exams.TASKS
+            for task in TASKS
             for seed in (1, 2)
         ]
-        described = f"generated, {args.tokens} tokens, tasks {', '.join(exams.TASKS)}, train split, seeds 1 2"
+        described = f"generated, {args.tokens} tokens, tasks {', '.join(TASKS)}, train split, seeds 1 2"
     scores = model.compute_head_scores(texts, data=described)
     out = args.out or SHIPPED / f"{args.model}.json"
     scores.save(out)

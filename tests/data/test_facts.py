@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from kvzip.data import TASKS, Record, facts, generate, score, words
+from kvzip.data import Record, generate, score, words
 from kvzip.data.filler import counter, scatter, sentence
+from kvzip.data.sets import facts
 
 SEEDS = range(25)
 
@@ -134,7 +135,7 @@ def test_unknown_names_are_refused_with_a_hint() -> None:
         facts.generate(0, count_tokens=7)
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", ["facts", "kv", "passkey"])
 def test_every_task_makes_records(name: str) -> None:
     record = generate(name, 1, tokens=300, num_questions=3)
     assert isinstance(record, Record)

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from kvzip.data import lookup, score
+from kvzip.data import score
+from kvzip.data.sets import lookup
 from tests.data.test_facts import count_words
 
 SEEDS = range(25)

@@ -15,7 +15,7 @@ def model():
 def accuracy(model, ratio, *, scorer="kvzip", tokens=200, documents=4):
     """Share of exact answers on held-out documents of every task."""
     scores = []
-    for task in data.TASKS:
+    for task in ("facts", "kv", "passkey"):
         for seed in range(documents):
             record = data.generate(
                 task, 500 + seed, split="test", tokens=tokens, count_tokens=model.tokenizer, num_questions=6

@@ -75,11 +75,11 @@ def initialize(model: LlamaForCausalLM, *, seed: int) -> None:
 
 @torch.no_grad()
 def load_grown(model: LlamaForCausalLM, start: LlamaForCausalLM) -> None:
-    """Copy the weights of `start`, with fewer layers or narrower heads perhaps, into `model`, which computes the same.
+    """Copy the weights of `start`, perhaps with fewer layers, KV heads or dimensions, into `model`, which computes the same.
 
-    Layers that `start` lacks go in behind its second one and begin as the identity, with output matrices of zero.
-    Wider heads keep the RoPE frequencies that they had, every second one of the new ones; what is new in them is read
-    by queries and outputs of zero.
+    Layers that `start` lacks go in behind its second one and begin as the identity, with output matrices of zero. KV
+    heads that it lacks begin as copies. Wider heads keep the RoPE frequencies that they had, every second one of the
+    new ones; what is new in them is read by queries and outputs of zero.
     """
     have, want = len(start.model.layers), len(model.model.layers)
     new = range(2, 2 + want - have)
@@ -95,20 +95,18 @@ def load_grown(model: LlamaForCausalLM, start: LlamaForCausalLM) -> None:
 
 
 def _load_layer(layer: nn.Module, old: nn.Module, old_dim: int, dim: int) -> None:
-    if dim == old_dim:
-        layer.load_state_dict(old.state_dict())
-        return
     for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
         getattr(layer, name).load_state_dict(getattr(old, name).state_dict())
     half, times = torch.arange(old_dim // 2), dim // old_dim
     rotary = torch.cat([half * times, dim // 2 + half * times])
     for name, inner, scale in (("q", rotary, times**0.5), ("k", rotary, 1.0), ("v", torch.arange(old_dim), 1.0)):
         to, source = (getattr(one.self_attn, f"{name}_proj").weight for one in (layer, old))
-        if name == "q":
+        heads = source.view(-1, old_dim, source.shape[1])
+        heads = heads.repeat_interleave(len(to) // dim // len(heads), dim=0)
+        if name == "q" and dim > old_dim:
             to.zero_()
-        rows = (torch.arange(len(source) // old_dim)[:, None] * dim + inner).flatten()
-        to[rows] = source * scale
+        to.view(-1, dim, to.shape[1])[:, inner] = heads * scale
     to, source = layer.self_attn.o_proj.weight, old.self_attn.o_proj.weight
-    to.zero_()
-    columns = (torch.arange(source.shape[1] // old_dim)[:, None] * dim + torch.arange(old_dim)).flatten()
-    to[:, columns] = source
+    if dim > old_dim:
+        to.zero_()
+    to.view(len(to), -1, dim)[..., :old_dim] = source.view(len(source), -1, old_dim)

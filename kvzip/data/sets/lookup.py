@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvzip.data import words
-from kvzip.data.facts import score
 from kvzip.data.filler import counter, scatter
 from kvzip.data.record import Record
+from kvzip.data.registry import generated
+from kvzip.data.sets.facts import score
 from kvzip.data.words import Split
 
 __all__ = ["MAX_NEW_TOKENS", "generate_kv", "generate_passkey", "score"]
@@ -162,3 +163,7 @@ def generate_passkey(
         max_new_tokens=MAX_NEW_TOKENS,
         task="passkey",
     )
+
+
+generated("kv", generate_kv, score, summary="values of keys in a JSON object; exact answer", tokens=512)
+generated("passkey", generate_passkey, score, summary="pass keys and magic numbers in filler; exact answer", tokens=512)
