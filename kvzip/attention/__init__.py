@@ -5,6 +5,7 @@ from kvzip.attention.build import KernelsUnavailable
 from kvzip.attention.combine import attend_focused
 from kvzip.attention.interface import KVStates, LogicalLength, Padding, install, restore
 from kvzip.attention.ragged import Focus, RaggedKV, TailKV
+from kvzip.attention.rotation import Rotation, recorded_rotations, rotation_of
 
 __all__ = [
     "BACKENDS",
@@ -15,9 +16,12 @@ __all__ = [
     "LogicalLength",
     "Padding",
     "RaggedKV",
+    "Rotation",
     "TailKV",
     "attend_focused",
     "install",
+    "recorded_rotations",
     "resolve_backend",
     "restore",
+    "rotation_of",
 ]

@@ -2,18 +2,21 @@
 
 from kvzip.kvcache.cache import KV_TYPES, KVCache, PruneResult
 from kvzip.kvcache.layer import ContextLayer
-from kvzip.kvcache.selection import LEVELS, Selection, select
+from kvzip.kvcache.selection import Level, Request, Selection, get_level, list_levels, select
 from kvzip.kvcache.sliding import SlidingLayer
 from kvzip.kvcache.summary import format_bytes
 
 __all__ = [
     "KV_TYPES",
-    "LEVELS",
     "ContextLayer",
     "KVCache",
+    "Level",
     "PruneResult",
+    "Request",
     "Selection",
     "SlidingLayer",
     "format_bytes",
+    "get_level",
+    "list_levels",
     "select",
 ]

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from kvzip.attention import Focus
-from kvzip.kvcache import selection
+from kvzip.kvcache import pruning
 from kvzip.kvcache.layer import ContextLayer, Observer
+from kvzip.kvcache.pruning import Scores
+from kvzip.kvcache.selection import Level
 from kvzip.kvcache.sliding import SlidingLayer
+from kvzip.kvcache.stored import StoredContext
 from kvzip.kvcache.summary import describe
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class PruneResult(NamedTuple):
     ratio: float
 
 
-class KVCache(Cache):
+class KVCache(StoredContext):
     """Keys and values of prefix + context, their scores, and the tail of the running conversation.
 
     Made by `ModelKVzip.prefill`; usable as `past_key_values` of stock transformers generation on the same model.
@@ -45,9 +47,8 @@ class KVCache(Cache):
         model_id: what the cache belongs to (fingerprint of weights and tokenizer).
         head_scores: (num_layers, num_key_value_heads) loaded head scores, or None.
         level: the level `prune` uses when it is not told one.
+        scored: scores by the scorer's name; `set_scores` adds.
     """
-
-    layers: list[ContextLayer | SlidingLayer]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -58,97 +59,22 @@ class KVCache(Cache):
     ) -> None:
         if kv_type not in KV_TYPES:
             raise ValueError(f"unknown kv_type {kv_type!r}; expected one of {KV_TYPES}")
-        super().__init__(layers=list(layers))
+        super().__init__(layers)
         self.kv_type = kv_type
         self.model_id = dict(model_id or {})
         self.input_ids = torch.empty(0, dtype=torch.int64)
         self.head_scores: Tensor | None = None
         self.level = "pair"
         self.pruned_with: dict[str, str | float] = {}
-        self._scores: dict[str, Tensor] = {}
-
-    # -- what is stored ----------------------------------------------------------------------------------------------
-
-    @property
-    def context_layers(self) -> list[ContextLayer]:
-        """The prunable layers, in order; rows of `scores` and `kv_len_per_head`."""
-        return [layer for layer in self.layers if isinstance(layer, ContextLayer)]
-
-    @property
-    def layer_indices(self) -> list[int]:
-        """Indices of the prunable layers among the model's layers."""
-        return [index for index, layer in enumerate(self.layers) if isinstance(layer, ContextLayer)]
-
-    @property
-    def prefix_length(self) -> int:
-        """Protected tokens in front of the context."""
-        return self.context_layers[0].prefix_length
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of the context, before pruning."""
-        return self.context_layers[0].context_length
-
-    @property
-    def sealed_length(self) -> int:
-        """Logical length of prefix and context."""
-        return self.context_layers[0].sealed_length
-
-    @property
-    def tail_length(self) -> int:
-        """Tokens after the context: kept turns."""
-        return self.context_layers[0].tail_length
-
-    @property
-    def keep_mask(self) -> Tensor:
-        """(num_layers, num_key_value_heads, context_length) bool on the CPU, True = kept."""
-        masks = []
-        for layer in self.context_layers:
-            shape = (len(layer.store.lengths), layer.context_length)
-            masks.append(torch.ones(shape, dtype=torch.bool) if layer.keep_mask is None else layer.keep_mask.cpu())
-        return torch.stack(masks)
-
-    @property
-    def is_pruned(self) -> bool:
-        """Whether any pair of the context was dropped or masked."""
-        return self.ratio < 1
-
-    @property
-    def ratio(self) -> float:
-        """Kept fraction of the original context's KV pairs, over the prunable layers."""
-        kept = total = 0
-        for layer in self.context_layers:
-            pairs = len(layer.store.lengths) * layer.context_length
-            total += pairs
-            kept += pairs if layer.keep_mask is None else int(layer.keep_mask.sum())
-        return kept / total
-
-    @property
-    def kv_len_per_head(self) -> Tensor:
-        """(num_layers, num_key_value_heads) int64: prefix and kept context rows that each head attends to."""
-        return self.keep_mask.sum(-1) + self.prefix_length
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of K and V of prefix and context that are stored, without tail, padding and scores."""
-        return sum(layer.nbytes for layer in self.layers)
-
-    @property
-    def full_nbytes(self) -> int:
-        """What `nbytes` was before any pruning."""
-        missing = 0
-        for layer in self.context_layers:
-            context = layer.store
-            rows = layer.sealed_length * len(context.lengths) - sum(context.lengths)
-            missing += rows * (context.keys.shape[1] + context.values.shape[1]) * context.keys.element_size()
-        return self.nbytes + missing
+        self.scored: dict[str, Scores] = {}
 
     @property
     def allocated_nbytes(self) -> int:
         """All bytes held: context, tail buffers at their capacity, masks, scores and ids."""
-        beside = [self.input_ids, *self._scores.values(), *([] if self.head_scores is None else [self.head_scores])]
+        scores = [tensor for one in self.scored.values() for tensor in one]
         tails = sum(layer.tail_nbytes for layer in self.layers)
-        return self.nbytes + tails + sum(tensor.nbytes for tensor in beside)
+        beside = [self.input_ids, self.head_scores, *scores]
+        return self.nbytes + tails + sum(tensor.nbytes for tensor in beside if tensor is not None)
 
     def __repr__(self) -> str:
         return describe(self)
@@ -158,7 +84,7 @@ class KVCache(Cache):
     @property
     def scorers(self) -> tuple[str, ...]:
         """Names of the scorers that scored this context, the default first."""
-        return tuple(self._scores)
+        return tuple(self.scored)
 
     @property
     def scores(self) -> Tensor:
@@ -169,35 +95,40 @@ class KVCache(Cache):
         """
         return self.scores_of(None)
 
-    def scores_of(self, scorer: str | None) -> Tensor:
-        """Scores by the scorer's name, None = the first one.
+    def scores_of(self, scorer: str | None, ratio: float = 1.0) -> Tensor:
+        """Scores by the scorer's name, None = the first one; `ratio` kept matters to methods that blend by it.
 
         Raises:
             ValueError: no such scores.
         """
-        if not self._scores:
+        if not self.scored:
             how = (
                 "only head scores were loaded" if self.head_scores is not None else "it was prefilled with scorer=None"
             )
             raise ValueError(f"this kv has no pair scores: {how}; prefill with a scorer")
         if scorer is None:
-            return next(iter(self._scores.values()))
-        if scorer not in self._scores:
+            scorer = self.scorers[0]
+        if scorer not in self.scored:
             raise ValueError(f"this kv was not scored by {scorer!r}; it has scores of {self.scorers}")
-        return self._scores[scorer]
+        return self.scored[scorer].at(ratio)
 
-    def set_scores(self, name: str, scores: Tensor) -> None:
+    def set_scores(self, name: str, scores: Tensor, slope: Tensor | None = None) -> None:
         """Attach `scores` (num_layers, num_key_value_heads, context_length) under a scorer's name.
+
+        Args:
+            slope: as `scores`; (1 - ratio kept) times it is added when pruning.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
         expected = (len(self.context_layers), len(self.context_layers[0].store.lengths), self.context_length)
-        if tuple(scores.shape) != expected:
-            raise ValueError(f"scores of {name!r} have shape {tuple(scores.shape)}, expected {expected}")
-        if not bool(scores.isfinite().all()):
-            raise ValueError(f"scores of {name!r} contain NaN or infinity")
-        self._scores[name] = scores.detach().to("cpu", torch.float32)
+        for part in (scores, slope):
+            if part is not None and tuple(part.shape) != expected:
+                raise ValueError(f"scores of {name!r} have shape {tuple(part.shape)}, expected {expected}")
+            if part is not None and not bool(part.isfinite().all()):
+                raise ValueError(f"scores of {name!r} contain NaN or infinity")
+        parts = (None if part is None else part.detach().to("cpu", torch.float32) for part in (scores, slope))
+        self.scored[name] = Scores(*parts)  # type: ignore[arg-type]
 
     def set_head_scores(self, scores: Tensor) -> None:
         """Attach head scores (num_layers, num_key_value_heads) and make "head" the default level.
@@ -212,32 +143,38 @@ class KVCache(Cache):
 
     # -- pruning -----------------------------------------------------------------------------------------------------
 
-    def prune(self, ratio: float, level: str | None = None, *, scorer: str | None = None) -> PruneResult:
-        """Keep `ratio` of the context's KV pairs, for good ("evict") or until pruned otherwise ("retain").
+    def prune(
+        self,
+        ratio: float | None = None,
+        level: str | Level | None = None,
+        *,
+        tokens: int | None = None,
+        nbytes: int | str | None = None,
+        threshold: float | None = None,
+        scorer: str | None = None,
+    ) -> PruneResult:
+        """Keep a part of the context's KV pairs, for good ("evict") or until pruned otherwise ("retain").
 
         Layers are replaced one after the other, so the extra memory is one layer's.
 
         Args:
             ratio: fraction kept of the original context, in (0, 1].
-            level: "pair" (one ranking over layers, heads and positions), "pair-uniform" (the same number per head) or
-                "head" (whole heads); None = `self.level`.
+            level: "pair" (one ranking over layers, heads and positions), "pair-uniform" (the same number per head),
+                "head" (whole heads), "adakv" ...: see `list_levels()`; None = `self.level`.
+            tokens: in place of a ratio: tokens of the context that a head keeps on average.
+            nbytes: in place of a ratio: what `nbytes` may be afterwards, 2048 or "1GiB".
+            threshold: in place of ratio and level: keep the pairs with at least this score.
             scorer: whose scores to use, where several scored; None = the first.
 
         Raises:
             ValueError: bad ratio, level or scorer; no scores; more asked for than an evicted cache still has. The kv is
                 unchanged.
         """
-        level = self.level if level is None else level
-        selection.check_ratio(ratio)
-        selection.check_level(level)
-        by_head = level == "head" and self.head_scores is not None and scorer is None
-        scores = self.head_scores if by_head else self.scores_of(scorer)
-        assert scores is not None
-        available = self.keep_mask if self.kv_type == "evict" and self.is_pruned else None
-        chosen = selection.select(scores, ratio, level, context_length=self.context_length, available=available)
+        chosen, how = pruning.choose(
+            self, ratio=ratio, level=level, tokens=tokens, nbytes=nbytes, threshold=threshold, scorer=scorer
+        )
         self.prune_to(chosen.keep)
-        by = "head scores" if by_head else scorer or self.scorers[0]
-        self.pruned_with = {"level": level, "ratio": float(ratio), "scorer": by}
+        self.pruned_with = how
         return PruneResult(chosen.threshold, self.ratio)
 
     def prune_to(self, keep: Tensor) -> None:
@@ -309,7 +246,7 @@ class KVCache(Cache):
         """Return an independent kv that shares the immutable context store with this one; the tail is copied."""
         new = copy.copy(self)
         new.layers = [copy.copy(layer) for layer in self.layers]
-        new._scores = dict(self._scores)
+        new.scored = dict(self.scored)
         new.model_id, new.pruned_with = dict(self.model_id), dict(self.pruned_with)
         for layer in new.layers:
             layer.copy_tail()

@@ -176,6 +176,13 @@ class ContextLayer(CacheLayerMixin, KVStates):
         return self.store.nbytes
 
     @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token's keys and values in all heads."""
+        context = self.store
+        width = context.keys.shape[1] + context.values.shape[1]
+        return len(context.lengths) * width * context.keys.element_size()
+
+    @property
     def tail_nbytes(self) -> int:
         """Bytes of tail buffers and masks."""
         masks = (self.keep_mask, self.store.mask)
@@ -195,6 +202,16 @@ class ContextLayer(CacheLayerMixin, KVStates):
     def tail_length(self) -> int:
         """Tokens after the context."""
         return self.tail.length
+
+    def all_states(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (num_key_value_heads, n, head_dim) of everything so far: one sequence, nothing evicted."""
+        keys, values = (states[0] for states in self.tail.states)
+        if self.context is None:
+            return keys, values
+        heads = len(self.store.lengths)
+        stored = (states.view(heads, self.sealed_length, -1) for states in (self.store.keys, self.store.values))
+        keys, values = (torch.cat(pair, dim=1) for pair in zip(stored, (keys, values), strict=True))
+        return keys, values
 
     def seal(self, prefix_length: int) -> None:
         """Turn the tail into the context store: `prefix_length` protected tokens, the rest is the context."""

@@ -1,18 +1,20 @@
 """Selection: scores in, keep masks out. Pure functions; `ratio` is the fraction KEPT, of the original context.
 
-Exactly `num_kept(ratio, n)` entries are kept per budget group, ties go to the lower index, and a smaller ratio keeps a
-subset of what a larger one keeps. Levels (KVzip, arXiv 2505.23416): `pair` has one group of all layers, heads and
-positions; `pair-uniform` one group per layer and head; `head` one group of all layers and heads, whole heads kept.
+A level says how the budget is spread over layers, heads and positions: one class, one file in `levels/`. Ties go to the
+lower index; `num_kept(ratio, n)` entries are kept per budget group.
 """
 
-import difflib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from numbers import Real
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from kvzip.registry import Registry
 
 
 class Selection(NamedTuple):
@@ -20,11 +22,81 @@ class Selection(NamedTuple):
 
     Attributes:
         keep: (num_layers, num_key_value_heads, context_length) bool.
-        threshold: the smallest kept score, None where each head has its own.
+        threshold: the smallest kept score, None where there is no single one.
     """
 
     keep: Tensor
     threshold: float | None
+
+
+def no_other_scores(name: str) -> Tensor:
+    """Stand in for a kv that has no other scores."""
+    raise ValueError(f"this level needs scores of {name!r} too")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a level is asked.
+
+    Attributes:
+        scores: (num_layers, num_key_value_heads, context_length), higher = keep, finite.
+        ratio: fraction kept of the original context, in (0, 1].
+        available: the same shape, bool: pairs still stored; None = all.
+        scores_of: other scores of the same context by the scorer's name, for levels that need two.
+    """
+
+    scores: Tensor
+    ratio: float
+    available: Tensor | None = None
+    scores_of: Callable[[str], Tensor] = no_other_scores
+
+
+class Level(ABC):
+    """A way to spread a budget: a frozen dataclass of its settings, registered under `name`.
+
+    Attributes:
+        name: what users write.
+        paper: where it comes from.
+        exact: whether exactly the ratio asked for is kept, over the whole context, up to rounding in the groups.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    exact: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        changed = [
+            f"{one.name}={getattr(self, one.name)!r}"
+            for one in fields(self)  # type: ignore[arg-type]
+            if getattr(self, one.name) != one.default
+        ]
+        return self.name + (f"({', '.join(changed)})" if changed else "")
+
+    @abstractmethod
+    def choose(self, request: Request) -> Selection:
+        """Choose what to keep.
+
+        Raises:
+            ValueError: more is asked for than is available.
+        """
+
+
+_LEVELS: Registry[Level] = Registry("level", "kvzip.kvcache.levels")
+register = _LEVELS.register
+
+
+def get_level(level: str | Level) -> Level:
+    """Return a level by name, perhaps with settings ("adakv(alpha=0.3)"), or the given object itself.
+
+    Raises:
+        ValueError: unknown name or setting; the message has the nearest ones.
+    """
+    return level if isinstance(level, Level) else _LEVELS.make(level)
+
+
+def list_levels() -> tuple[str, ...]:
+    """Names of all levels."""
+    return _LEVELS.names()
 
 
 def num_kept(ratio: float, n: int) -> int:
@@ -58,29 +130,15 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
     return above | (tied & (tied.cumsum(-1) <= wanted))
 
 
-def _pair(scores: Tensor, available: Tensor | None, ratio: float) -> Selection:
-    flat = scores.flatten()
-    k = num_kept(ratio, flat.numel())
-    keep = _top_available(flat, None if available is None else available.flatten(), k, "pairs").view_as(scores)
-    return Selection(keep, float(scores[keep].min()))
+def top_available(scores: Tensor, available: Tensor | None, k: int, what: str) -> Tensor:
+    """Mark the `k` largest of those entries along the last dimension that are available, ties by lower index.
 
+    Args:
+        what: the entries, for the message.
 
-def _pair_uniform(scores: Tensor, available: Tensor | None, ratio: float) -> Selection:
-    k = num_kept(ratio, scores.shape[-1])
-    return Selection(_top_available(scores, available, k, "pairs of every head"), None)
-
-
-def _head(scores: Tensor, available: Tensor | None, ratio: float) -> Selection:
-    if scores.ndim == 3:
-        scores = scores.amax(-1)
-    flat = scores.flatten()
-    k = num_kept(ratio, flat.numel())
-    whole = None if available is None else available.all(-1).flatten()
-    keep = _top_available(flat, whole, k, "whole heads").view_as(scores)
-    return Selection(keep, float(scores[keep].min()))
-
-
-def _top_available(scores: Tensor, available: Tensor | None, k: int, what: str) -> Tensor:
+    Raises:
+        ValueError: fewer are available.
+    """
     if available is None:
         return top_k_mask(scores, k)
     left = int(available.sum(-1).min())
@@ -91,30 +149,26 @@ def _top_available(scores: Tensor, available: Tensor | None, k: int, what: str) 
     return top_k_mask(scores.masked_fill(~available, -torch.inf), k) & available
 
 
-_LEVELS: dict[str, Callable[[Tensor, Tensor | None, float], Selection]] = {
-    "pair": _pair,
-    "pair-uniform": _pair_uniform,
-    "head": _head,
-}
-LEVELS = tuple(_LEVELS)
+def above(scores: Tensor, threshold: float, available: Tensor | None) -> Selection:
+    """Keep what scores at least `threshold` and is available.
 
-
-def check_level(level: str) -> None:
-    """Raise ValueError with the choices where `level` is unknown."""
-    if level not in LEVELS:
-        near = difflib.get_close_matches(str(level), LEVELS, n=1)
-        raise ValueError(
-            f"unknown level {level!r}; expected one of {LEVELS}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+    Raises:
+        ValueError: the threshold is not a finite number.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not math.isfinite(threshold):
+        raise ValueError(f"threshold must be a finite number, got {threshold!r}")
+    keep = scores >= threshold
+    return Selection(keep if available is None else keep & available, float(threshold))
 
 
 def select(
     scores: Tensor,
     ratio: float,
-    level: str = "pair",
+    level: str | Level = "pair",
     *,
     context_length: int | None = None,
     available: Tensor | None = None,
+    scores_of: Callable[[str], Tensor] = no_other_scores,
 ) -> Selection:
     """Choose what to keep.
 
@@ -122,25 +176,24 @@ def select(
         scores: (num_layers, num_key_value_heads, context_length) pair scores, or for level `head` also
             (num_layers, num_key_value_heads) head scores; higher = keep; finite.
         ratio: fraction kept, in (0, 1].
-        level: one of `LEVELS`.
+        level: name or object.
         context_length: tokens, needed with head scores only.
         available: (num_layers, num_key_value_heads, context_length) bool, the pairs still stored; None = all.
+        scores_of: other scores of the same context by name.
 
     Raises:
         ValueError: ratio, level or scores of the wrong kind, or fewer pairs available than asked for.
     """
     check_ratio(ratio)
-    check_level(level)
-    if scores.ndim != 3 and (level != "head" or scores.ndim != 2):
+    chosen = get_level(level)
+    if scores.ndim == 2 and chosen.name == "head":
+        if context_length is None:
+            raise ValueError("head scores alone do not say how long the context is: give context_length")
+        scores = scores[..., None].expand(-1, -1, context_length)
+    if scores.ndim != 3:
         raise ValueError(
-            f"level {level!r} needs pair scores (layers, heads, positions), got shape {tuple(scores.shape)}"
+            f"level {chosen.name!r} needs pair scores (layers, heads, positions), got shape {tuple(scores.shape)}"
         )
     if not bool(scores.isfinite().all()):
         raise ValueError("scores contain NaN or infinity")
-    chosen = _LEVELS[level](scores, available, ratio)
-    if chosen.keep.ndim == 2:
-        length = scores.shape[-1] if scores.ndim == 3 else context_length
-        if length is None:
-            raise ValueError("head scores alone do not say how long the context is: give context_length")
-        return Selection(chosen.keep[..., None].expand(-1, -1, length).contiguous(), chosen.threshold)
-    return chosen
+    return chosen.choose(Request(scores, ratio, available, scores_of))

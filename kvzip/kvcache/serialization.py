@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvzip.kvcache.cache import KV_TYPES, KVCache
-from kvzip.kvcache.selection import check_level
+from kvzip.kvcache.selection import get_level
 
 FORMAT = "kvzip-kv/1"
 _KEY = "kvzip"
@@ -38,7 +38,11 @@ def save(kv: KVCache, path: str | os.PathLike[str]) -> None:
         stored, facts = layer.pack()
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in stored.items()}
         layers.append({"kind": layer.kind, **facts})
-    tensors |= {f"scores.{name}": scores for name, scores in kv._scores.items()}
+    for name in kv.scorers:
+        scores = kv.scored[name]
+        tensors[f"scores.{name}"] = scores.base
+        if scores.slope is not None:
+            tensors[f"slopes.{name}"] = scores.slope
     if kv.head_scores is not None:
         tensors["head_scores"] = kv.head_scores
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -88,7 +92,7 @@ def _fill(kv: KVCache, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
     kv.kv_type, kv.level, kv.pruned_with = header["kv_type"], header["level"], header["pruned_with"]
     if kv.kv_type not in KV_TYPES:
         raise ValueError(f"unknown kv_type {kv.kv_type!r}; expected one of {KV_TYPES}")
-    check_level(kv.level)
+    get_level(kv.level)
     for index, (layer, facts) in enumerate(zip(kv.layers, header["layers"], strict=True)):
         prefix = f"layers.{index}."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -98,7 +102,7 @@ def _fill(kv: KVCache, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
     kv.input_ids = tensors["input_ids"]
     kv.head_scores = tensors.get("head_scores")
     for name in header["scorers"]:
-        kv.set_scores(name, tensors[f"scores.{name}"])
+        kv.set_scores(name, tensors[f"scores.{name}"], tensors.get(f"slopes.{name}"))
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,10 +1,13 @@
-"""Head scores of a model from calibration texts."""
+"""Head scores of a model: from calibration texts, and loaded for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING
 
+from kvzip import head_scores
 from kvzip.head_scores import HeadScores
 
 if TYPE_CHECKING:
@@ -34,3 +37,24 @@ def compute_head_scores(
     if not found:
         raise ValueError("no calibration text given")
     return found[0].merge(*found[1:])
+
+
+def load_head_scores(model: ModelKVzip, source: bool | str | PathLike[str] | Sequence[str]) -> HeadScores | None:
+    """Return stored head scores that fit `model`: False = none, True = those shipped for it, else a name, path or list.
+
+    Raises:
+        ValueError: none of that name, or of another shape.
+    """
+    if source is False:
+        return None
+    loaded = head_scores.load(model.name if source is True else source)
+    if tuple(loaded.tensor.shape) != model.head_shape:
+        raise ValueError(
+            f"head scores have shape {tuple(loaded.tensor.shape)}, {model.name} needs {model.head_shape} "
+            "(num_layers, num_key_value_heads)"
+        )
+    if loaded.model_id and loaded.model_id != model.model_id["weights"]:
+        warnings.warn(
+            f"head scores were computed on {loaded.model} with other weights than this {model.name}", stacklevel=4
+        )
+    return loaded

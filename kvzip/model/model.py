@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from typing import Any
@@ -21,8 +20,9 @@ from kvzip.model.checks import check_kv, check_kv_type, check_positions, check_s
 from kvzip.model.fingerprint import model_fingerprint, tokenizer_fingerprint
 from kvzip.model.probe import check_architecture, make_layers
 from kvzip.model.prompting import INSTRUCTION, Prompting, Query, as_ids, is_batch, is_messages
-from kvzip.scoring import Scorer
+from kvzip.scoring import Notes, PrefillScorer, Scorer
 
+PREFILL_CHUNK = 16_000  # tokens a forward pass
 ANSWER_ROOM = 256  # tokens after the context that must fit into a sliding window treated as global
 
 
@@ -123,6 +123,11 @@ class ModelKVzip:
         """The device of every layer, for `kv.to(...)`."""
         return self._seams.devices
 
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        """(num_layers, num_key_value_heads) of what can be pruned."""
+        return self._seams.shape
+
     @cached_property
     def model_id(self) -> dict[str, str]:
         """Fingerprints that tie a kv to this model and tokenizer."""
@@ -166,9 +171,10 @@ class ModelKVzip:
         scorer: str | Scorer | Sequence[str | Scorer] | None = "kvzip",
         kv_type: str | None = None,
         load_score: bool | str | PathLike[str] | Sequence[str] = False,
-        prefill_chunk_size: int = 16_000,
+        prefill_chunk_size: int = PREFILL_CHUNK,
         instruction: str = INSTRUCTION,
         prefix_ids: Sequence[int] | None = None,
+        query: Query | None = None,
     ) -> KVCache:
         """Run the context through the model once and score its KV pairs.
 
@@ -181,6 +187,8 @@ class ModelKVzip:
             prefill_chunk_size: tokens a forward pass.
             instruction: line between the chat template's beginning and the context.
             prefix_ids: all ids in front of the context, in place of template and instruction; may be empty.
+            query: a question that scorers which watch the prefill shall see, for methods that need one or do better
+                with it; it is not kept. The cache is then made for this question.
 
         Returns:
             The unpruned kv.
@@ -193,7 +201,7 @@ class ModelKVzip:
         if prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1 token, got {prefill_chunk_size}")
         scorers = check_scorers(None if load_score else scorer)
-        loaded = self._load_head_scores(load_score)
+        loaded = calibration.load_head_scores(self, load_score)
         if isinstance(context, str):
             context = self.encode(context) if context.strip() else []
         context_ids = check_vocabulary(self, as_ids(context, "context"))
@@ -201,17 +209,22 @@ class ModelKVzip:
             self, self.prompting.prefix_ids(instruction) if prefix_ids is None else list(prefix_ids)
         )
         length = len(prefix) + len(context_ids)
-        check_positions(self, length)
         kv = self._empty_kv(kv_type, length + ANSWER_ROOM)
-        with torch.no_grad():
-            passes.prefill(self.model, kv, prefix + context_ids, len(prefix), prefill_chunk_size)
-        self._score(kv, scorers)
+        query_ids = [] if query is None else check_vocabulary(self, self.apply_template(query))
+        check_positions(self, length + len(query_ids))
+        notes = passes.prefill(
+            self.model, kv, prefix + context_ids, len(prefix), chunk_size=prefill_chunk_size,
+            modules=self._seams.modules, scorers=scorers, query_ids=query_ids,
+        )  # fmt: skip
+        self._score(kv, scorers, notes)
         if loaded is not None:
             kv.set_head_scores(loaded.tensor)
         return kv
 
     def score(self, kv: KVCache, scorer: str | Scorer | Sequence[str | Scorer] = "kvzip") -> None:
         """Score a kv that was prefilled without, or add the scores of further methods.
+
+        Methods that watch the prefill cost another one.
 
         Raises:
             ValueError: unknown scorer, a kv of another model, with evicted pairs, or with kept turns.
@@ -221,15 +234,20 @@ class ModelKVzip:
         if kv.nbytes < kv.full_nbytes or kv.tail_length:
             state = f"{kv.tail_length} tokens of kept turns" if kv.tail_length else f"a ratio of {kv.ratio:.3f} left"
             raise ValueError(f"scoring needs the whole context and nothing after it, this kv has {state}")
+        notes: Mapping[str, list[Notes]] = {}
+        if any(isinstance(one, PrefillScorer) for one in scorers):
+            again = self._empty_kv(kv.kv_type, kv.sealed_length + ANSWER_ROOM)
+            notes = passes.prefill(
+                self.model, again, kv.input_ids.tolist(), kv.prefix_length, chunk_size=PREFILL_CHUNK,
+                modules=self._seams.modules, scorers=scorers,
+            )  # fmt: skip
+            del again
         with kv.unmasked():
-            self._score(kv, scorers)
+            self._score(kv, scorers, notes)
 
-    def _score(self, kv: KVCache, scorers: Sequence[Scorer]) -> None:
+    def _score(self, kv: KVCache, scorers: Sequence[Scorer], notes: Mapping[str, list[Notes]]) -> None:
         seen = passes.scoring_context(self.model, kv, self._seams.modules, self.prompting, self.max_positions)
-        with torch.no_grad():
-            for one in scorers:
-                kv.set_scores(one.name, one.score(seen))
-        kv.compact()
+        passes.score(kv, scorers, seen, notes)
 
     def generate(
         self,
@@ -319,18 +337,3 @@ class ModelKVzip:
 
     def _empty_kv(self, kv_type: str, needed: int) -> KVCache:
         return KVCache(make_layers(self.model, self._backend, needed), kv_type=kv_type, model_id=self.model_id)
-
-    def _load_head_scores(self, source: bool | str | PathLike[str] | Sequence[str]) -> head_scores.HeadScores | None:
-        if source is False:
-            return None
-        loaded = head_scores.load(self.name if source is True else source)
-        if tuple(loaded.tensor.shape) != self._seams.shape:
-            raise ValueError(
-                f"head scores have shape {tuple(loaded.tensor.shape)}, {self.name} needs {self._seams.shape} "
-                "(num_layers, num_key_value_heads)"
-            )
-        if loaded.model_id and loaded.model_id != self.model_id["weights"]:
-            warnings.warn(
-                f"head scores were computed on {loaded.model} with other weights than this {self.name}", stacklevel=3
-            )
-        return loaded

@@ -1,9 +1,9 @@
 """Forward passes over a kv: prefill in chunks, and replays for scorers that leave no trace."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from kvzip.attention import Focus
 from kvzip.kvcache import ContextLayer, KVCache
 from kvzip.model.prompting import Prompting
-from kvzip.scoring import AttentionCall, LayerView, ScoringContext
+from kvzip.model.watching import ModuleInputs, Watch, inputs_of
+from kvzip.scoring import AttentionCall, Blend, LayerView, Notes, PrefillScorer, Scorer, ScoringContext
 
 T = TypeVar("T")
 LONG_CONTEXT = 8192  # tokens from which a progress bar is shown
@@ -30,16 +31,59 @@ def feed(model: PreTrainedModel, kv: KVCache, ids: Sequence[int]) -> None:
     model.base_model(input_ids=inputs, past_key_values=kv, use_cache=True)
 
 
-def prefill(model: PreTrainedModel, kv: KVCache, ids: Sequence[int], prefix_length: int, chunk_size: int) -> None:
-    """Fill the empty `kv` with `ids` (prefix and context), `chunk_size` tokens a pass, and seal it."""
+def prefill(
+    model: PreTrainedModel,
+    kv: KVCache,
+    ids: Sequence[int],
+    prefix_length: int,
+    *,
+    chunk_size: int,
+    modules: Mapping[int, nn.Module],
+    scorers: Iterable[Scorer] = (),
+    query_ids: Sequence[int] = (),
+) -> dict[str, list[Notes]]:
+    """Fill the empty `kv` with `ids` (prefix and context), `chunk_size` tokens a pass, and seal it.
+
+    Args:
+        modules: the attention modules of the prunable layers, by layer index.
+        scorers: those of them that watch a prefill are shown it.
+        query_ids: run after the context for them, and forgotten.
+
+    Returns:
+        What the scorers noted, by name.
+    """
+    watch = Watch([one for one in scorers if isinstance(one, PrefillScorer)], len(kv.context_layers))
     for layer in kv.context_layers:
         layer.tail.reserve(len(ids))
-    for start in progress(range(0, len(ids), chunk_size), "prefill", len(ids)):
-        feed(model, kv, ids[start : start + chunk_size])
-    for layer in kv.context_layers:
-        layer.seal(prefix_length)
+    with torch.no_grad(), watch.over(model, kv, modules, len(ids)):
+        for start in progress(range(0, len(ids), chunk_size), "prefill", len(ids)):
+            feed(model, kv, ids[start : start + chunk_size])
+        for layer in kv.context_layers:
+            layer.seal(prefix_length)
+        kv.compact()
+        if watch.scorers and query_ids:
+            with kv.scratch():
+                feed(model, kv, query_ids)
     kv.compact()
     kv.input_ids = torch.tensor(list(ids), dtype=torch.int64)
+    return watch.notes
+
+
+def score(kv: KVCache, scorers: Iterable[Scorer], context: ScoringContext, notes: Mapping[str, list[Notes]]) -> None:
+    """Let `scorers` score `context`, which shows `kv`, and attach what they give.
+
+    Args:
+        notes: what those that watched the prefill noted, by name.
+    """
+    with torch.no_grad():
+        for one in scorers:
+            kv.set_scores(one.name, *as_blend(one.score(replace(context, notes=notes.get(one.name, [])))))
+    kv.compact()
+
+
+def as_blend(scores: Tensor | Blend) -> tuple[Tensor, Tensor | None]:
+    """Scores and their slope, None where they are the same at every ratio."""
+    return (scores.base, scores.slope) if isinstance(scores, Blend) else (scores, None)
 
 
 def scoring_context(
@@ -65,13 +109,13 @@ def scoring_context(
         focus: Focus | None = None,
         hidden_states: bool = False,
     ) -> None:
-        inputs: dict[nn.Module, Tensor] = {}
+        inputs: dict[nn.Module, ModuleInputs] = {}
 
         def observer(
             layer: ContextLayer, module: nn.Module, query: Tensor, lse: Tensor, scaling: float, softcap: float | None
         ) -> None:
             keys, values = (states[0, :, -query.shape[2] :] for states in layer.tail.states)
-            hidden = inputs.pop(module) if hidden_states else None
+            hidden = inputs.pop(module).hidden_states if hidden_states else None
             column_max = partial(layer.backend.column_max, scaling=scaling, softcap=softcap)
             on_attention(
                 AttentionCall(
@@ -79,7 +123,7 @@ def scoring_context(
                 )
             )
 
-        with kv.scratch(), kv.observe(observer, focus), _inputs_of(modules.values() if hidden_states else (), inputs):
+        with kv.scratch(), kv.observe(observer, focus), inputs_of(modules.values() if hidden_states else (), inputs):
             feed(model, kv, ids)
 
     return ScoringContext(
@@ -91,19 +135,3 @@ def scoring_context(
         max_positions=max_positions,
         progress=lambda items: progress(items, "score", kv.context_length),
     )
-
-
-@contextmanager
-def _inputs_of(modules: Iterable[nn.Module], inputs: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Record the hidden states (q_len, hidden_size) that enter `modules`; the hooks are gone when the block ends."""
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        inputs[module] = hidden[0]
-
-    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

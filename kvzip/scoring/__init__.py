@@ -1,12 +1,26 @@
 """Scorers: importance of every KV pair of a context. One method, one file in `methods/`."""
 
-from kvzip.scoring.base import AttentionCall, LayerScorer, LayerView, Scorer, ScoringContext
+from kvzip.scoring.base import (
+    AttentionCall,
+    Blend,
+    LayerScorer,
+    LayerView,
+    Notes,
+    PrefillCall,
+    PrefillScorer,
+    Scorer,
+    ScoringContext,
+)
 from kvzip.scoring.registry import ScorerInfo, get_scorer, list_scorers, register
 
 __all__ = [
     "AttentionCall",
+    "Blend",
     "LayerScorer",
     "LayerView",
+    "Notes",
+    "PrefillCall",
+    "PrefillScorer",
     "Scorer",
     "ScorerInfo",
     "ScoringContext",

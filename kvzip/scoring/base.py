@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from kvzip.attention import Focus
+from kvzip.attention import Focus, Rotation
 
 T = TypeVar("T")
 
@@ -70,6 +70,54 @@ class AttentionCall:
     hidden_states: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class PrefillCall:
+    """One attention call of the prefill: one layer, one chunk of prefix and context, or the query after them.
+
+    Attributes:
+        row: index among the prunable layers.
+        module: the attention module, for its weights.
+        start: position of the first of the call's tokens, prefix included.
+        length: tokens of prefix and context; a call with `start >= length` is of the query given to `prefill`.
+        query: (num_heads, q_len, head_dim), after RoPE.
+        keys, values: (num_key_value_heads, start + q_len, head_dim): everything so far, the call's own included.
+        scaling, softcap: how the module forms logits.
+        lse: (num_heads, q_len) float32, log-sum-exp of each row's causal logits.
+        column_max: as in `AttentionCall`; keys and rows that do not see each other are the caller's care.
+        rotation: RoPE at the call's positions; `undo` gives queries and keys before it, `at` other positions.
+        hidden_states: (q_len, hidden_size), the module's input.
+    """
+
+    row: int
+    module: nn.Module
+    start: int
+    length: int
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    scaling: float
+    softcap: float | None
+    lse: Tensor
+    column_max: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rotation: Rotation
+    hidden_states: Tensor
+
+    @property
+    def of_query(self) -> bool:
+        """Whether the tokens are the query's, after the context."""
+        return self.start >= self.length
+
+
+Notes = dict[str, Any]  # what a `PrefillScorer` remembers of one layer from call to call
+
+
+class Blend(NamedTuple):
+    """Scores of a method that blends by how much goes: base + (1 - ratio kept) * slope, each as scores are."""
+
+    base: Tensor
+    slope: Tensor
+
+
 class Replay(Protocol):
     """Run ids over the whole cached context, positions going on from its end, and forget their states again."""
 
@@ -102,6 +150,7 @@ class ScoringContext:
         replay: run ids over the context, see `Replay`.
         max_positions: the model's positions, None = not limited.
         progress: wrap an iterable of known length in a progress bar.
+        notes: what a `PrefillScorer` noted, one entry a row.
     """
 
     layers: Sequence[LayerView]
@@ -111,6 +160,7 @@ class ScoringContext:
     replay: Replay
     max_positions: int | None
     progress: Callable[[Iterable[T]], Iterable[T]]
+    notes: Sequence[Notes] = field(default_factory=list)
 
     @property
     def prefix_length(self) -> int:
@@ -134,16 +184,39 @@ class Scorer(ABC):
     Attributes:
         name: what users write.
         paper: where it comes from.
+        needs: what it needs beside the cached states, in words.
         cost: what scoring costs, in words.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    needs: ClassVar[str] = "nothing"
     cost: ClassVar[str] = "negligible"
 
     @abstractmethod
-    def score(self, context: ScoringContext) -> Tensor:
+    def score(self, context: ScoringContext) -> Tensor | Blend:
         """Return (num_layers, num_key_value_heads, context_length) float32, finite, higher = keep."""
+
+    def always_kept(self, context: ScoringContext) -> tuple[int, int]:
+        """How many positions at the beginning (prefix included) and at the end outrank all others."""
+        return 0, 0
+
+    def assemble(self, context: ScoringContext, layers: Sequence[Tensor]) -> Tensor:
+        """Stack the layers' scores, cut off the prefix, and lift what is always kept above the rest.
+
+        Args:
+            layers: (num_key_value_heads, n) or (n,), n with or without the prefix.
+        """
+        _, heads, length = context.shape
+        rows = [layer.to("cpu", torch.float32).expand(heads, -1)[:, -length:] for layer in layers]
+        scores = torch.stack(rows).contiguous()
+        first, last = self.always_kept(context)
+        first = max(0, min(first - context.prefix_length, length))
+        last = min(last, length)
+        top = scores.max() + 1
+        scores[..., :first] = top
+        scores[..., length - last :] = top
+        return scores
 
 
 class LayerScorer(Scorer):
@@ -151,8 +224,30 @@ class LayerScorer(Scorer):
 
     @abstractmethod
     def score_layer(self, layer: LayerView) -> Tensor:
-        """Return (num_key_value_heads, context_length), finite, higher = keep."""
+        """Return (num_key_value_heads, n), finite, higher = keep; n = context_length, or with the prefix in front."""
 
     def score(self, context: ScoringContext) -> Tensor:
         """Score the layers one by one."""
-        return torch.stack([self.score_layer(layer).to("cpu", torch.float32) for layer in context.layers])
+        return self.assemble(context, [self.score_layer(layer) for layer in context.layers])
+
+
+class PrefillScorer(Scorer):
+    """A method that watches the prefill: it is shown every attention call, and may note what it needs of it."""
+
+    needs = "the prefill's queries"
+
+    @abstractmethod
+    def watch(self, call: PrefillCall, notes: Notes) -> None:
+        """Look at one call. `notes` is this layer's own, empty at first; tensors put there should be small.
+
+        Layers come in order, chunk after chunk; the query given to `prefill`, if any, comes last.
+        """
+
+    @abstractmethod
+    def score_layer(self, layer: LayerView, notes: Notes) -> Tensor:
+        """Return (num_key_value_heads, n), finite, higher = keep; n = context_length, or with the prefix in front."""
+
+    def score(self, context: ScoringContext) -> Tensor | Blend:
+        """Score the layers one by one."""
+        pairs = zip(context.layers, context.notes, strict=True)
+        return self.assemble(context, [self.score_layer(layer, notes) for layer, notes in pairs])

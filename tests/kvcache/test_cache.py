@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from kvzip import ModelKVzip
-from kvzip.kvcache import LEVELS, ContextLayer, KVCache, SlidingLayer
+from kvzip.kvcache import ContextLayer, KVCache, SlidingLayer
 from tests.tiny import build, ids
 
+LEVELS = ("pair", "pair-uniform", "head")
 CONTEXT, PREFIX, QUERY = ids(60, seed=1), ids(4, seed=2), ids(5, seed=3)
 RATIOS = (0.9, 0.5, 0.3, 0.05)
 GREEDY = {"max_new_tokens": 6, "eos_token_id": None}

@@ -91,8 +91,13 @@ def on_all_positions(scores, prefix, length):
 
 
 def check_scores(ours, expected):
-    largest = expected.abs().amax((1, 2), keepdim=True)
-    assert float(((ours - expected).abs() / largest).max()) <= TOLERANCE
+    """Equal to float32 tolerance; what is always kept is on top in both, kvpress lifts it layer by layer."""
+    top = ours == ours.max()
+    pinned = top if int(top.sum()) > 1 else torch.zeros_like(top)
+    highest = expected.amax((1, 2), keepdim=True).expand_as(expected)
+    assert torch.equal(expected[pinned], highest[pinned])
+    largest = expected.masked_fill(pinned, 0).abs().amax((1, 2), keepdim=True)
+    assert float(((ours - expected).abs() / largest)[~pinned].max()) <= TOLERANCE
 
 
 def at_count(scores, mask):

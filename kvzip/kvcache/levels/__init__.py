@@ -1,0 +1,1 @@
+"""One file, one level; `selection` imports them all on first use."""

@@ -1,0 +1,37 @@
+"""AdaKV: budgets move between the heads of a layer, each of which keeps a floor (arXiv 2407.11550)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvzip.kvcache.selection import Level, Request, Selection, num_kept, register, top_available
+
+
+@register
+@dataclass(frozen=True)
+class AdaKV(Level):
+    """One ranking a layer over its heads and positions, after each head has kept its best.
+
+    Args:
+        alpha: share of an equal budget that every head keeps for itself, 0 to 1.
+    """
+
+    name = "adakv"
+    paper = "arXiv 2407.11550"
+
+    alpha: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be between 0 and 1, got {self.alpha}")
+
+    def choose(self, request: Request) -> Selection:
+        """Lift every head's floor above the rest, then rank the layer."""
+        scores = request.scores.double()
+        layers, heads, length = scores.shape
+        k = num_kept(request.ratio, length)
+        floor = top_available(scores, request.available, min(k, max(1, int(self.alpha * k))), "pairs of every head")
+        lifted = torch.where(floor, scores - scores.min() + scores.max() + 1, scores).flatten(1)
+        available = None if request.available is None else request.available.flatten(1)
+        keep = top_available(lifted, available, heads * k, "pairs of every layer")
+        return Selection(keep.view(layers, heads, length), None)
