@@ -217,6 +217,7 @@ class ModelKVzip:
             modules=self._seams.modules, scorers=scorers, query_ids=query_ids,
         )  # fmt: skip
         self._score(kv, scorers, notes)
+        kv.level = scorers[0].level if scorers else kv.level
         if loaded is not None:
             kv.set_head_scores(loaded.tensor)
         return kv

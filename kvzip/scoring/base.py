@@ -184,12 +184,14 @@ class Scorer(ABC):
     Attributes:
         name: what users write.
         paper: where it comes from.
+        level: the level that its paper prunes with; `prune`'s default where this scorer is the first.
         needs: what it needs beside the cached states, in words.
         cost: what scoring costs, in words.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    level: ClassVar[str] = "pair"
     needs: ClassVar[str] = "nothing"
     cost: ClassVar[str] = "negligible"
 
