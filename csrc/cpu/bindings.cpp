@@ -47,6 +47,27 @@ const int64_t* offsets(const std::optional<Tensor>& tensor, const char* name, in
   return static_cast<const int64_t*>(tensor->const_data_ptr());
 }
 
+void check_schedule(const int64_t* cu_seqlens, const int64_t* cu_tiles, int64_t heads, int64_t rows) {
+  for (int64_t head = 0; head < heads; ++head) {
+    const int64_t length = cu_seqlens[head + 1] - cu_seqlens[head];
+    STD_TORCH_CHECK(length >= 0, "cu_seqlens must not decrease");
+    STD_TORCH_CHECK(cu_tiles[head + 1] - cu_tiles[head] == kvzip::tiles_of(length),
+                    "cu_tiles must count the tiles of cu_seqlens");
+  }
+  STD_TORCH_CHECK(cu_seqlens[0] == 0 && cu_tiles[0] == 0, "cu_seqlens and cu_tiles must begin with 0");
+  STD_TORCH_CHECK(cu_seqlens[heads] == rows, "cu_seqlens must end with the rows of keys and values, ", rows);
+}
+
+const uint8_t* rows_mask(const std::optional<Tensor>& mask, const char* name, int64_t heads, int64_t rows,
+                         int64_t* stride) {
+  if (!mask) return nullptr;
+  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->is_contiguous() &&
+                      mask->size(0) == heads && mask->size(0) * mask->size(1) == rows,
+                  name, " must be contiguous bool (num_kv_heads, kv_len), which needs equal lengths");
+  *stride = mask->size(1);
+  return static_cast<const uint8_t*>(mask->const_data_ptr());
+}
+
 template <class Function>
 void parallel(int64_t items, const Function& function) {
   if (items == 1) {
@@ -61,7 +82,13 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
                                   const std::optional<Tensor>& cu_tiles, const std::optional<Tensor>& mask,
                                   const Tensor& tail_keys, const Tensor& tail_values, int64_t tail_length,
                                   const std::optional<Tensor>& tail_cursor, const std::optional<Tensor>& tail_skip,
-                                  double scaling, std::optional<double> softcap, const std::optional<Tensor>& sinks) {
+                                  double scaling, std::optional<double> softcap, const std::optional<Tensor>& sinks,
+                                  int64_t bits, const std::optional<Tensor>& key_codes,
+                                  const std::optional<Tensor>& value_codes, const std::optional<Tensor>& key_scales,
+                                  const std::optional<Tensor>& value_scales,
+                                  const std::optional<Tensor>& quantized_cu_seqlens,
+                                  const std::optional<Tensor>& quantized_cu_tiles,
+                                  const std::optional<Tensor>& quantized_mask) {
   kvzip::Attention a = {};
   STD_TORCH_CHECK(query.dim() == 4, "query must have 4 dimensions, got ", query.dim());
   check_like(query, "query", 4, query);
@@ -106,24 +133,34 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
     STD_TORCH_CHECK(values->size(1) == a.v_head_dim, "values must have head_dim ", a.v_head_dim);
     a.keys = keys->const_data_ptr();
     a.values = values->const_data_ptr();
+    STD_TORCH_CHECK(keys->size(0) == values->size(0), "keys and values must have as many rows");
     a.cu_seqlens = offsets(cu_seqlens, "cu_seqlens", a.num_kv_heads + 1);
     a.cu_tiles = offsets(cu_tiles, "cu_tiles", a.num_kv_heads + 1);
-    for (int64_t head = 0; head < a.num_kv_heads; ++head) {
-      const int64_t length = a.cu_seqlens[head + 1] - a.cu_seqlens[head];
-      STD_TORCH_CHECK(length >= 0, "cu_seqlens must not decrease");
-      STD_TORCH_CHECK(a.cu_tiles[head + 1] - a.cu_tiles[head] == kvzip::tiles_of(length),
-                      "cu_tiles must count the tiles of cu_seqlens");
-    }
-    STD_TORCH_CHECK(a.cu_seqlens[0] == 0 && a.cu_tiles[0] == 0, "cu_seqlens and cu_tiles must begin with 0");
-    STD_TORCH_CHECK(a.cu_seqlens[a.num_kv_heads] == keys->size(0) && keys->size(0) == values->size(0),
-                    "cu_seqlens must end with the rows of keys and values, ", keys->size(0));
-    if (mask) {
-      STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->is_contiguous() &&
-                          mask->size(0) == a.num_kv_heads && mask->size(0) * mask->size(1) == keys->size(0),
-                      "mask must be contiguous bool (num_kv_heads, kv_len), which needs equal lengths");
-      a.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
-      a.mask_stride = mask->size(1);
-    }
+    check_schedule(a.cu_seqlens, a.cu_tiles, a.num_kv_heads, keys->size(0));
+    a.mask = rows_mask(mask, "mask", a.num_kv_heads, keys->size(0), &a.mask_stride);
+  }
+  if (bits != 0) {
+    STD_TORCH_CHECK(bits == 8 || bits == 4, "bits must be 8 or 4, got ", bits);
+    STD_TORCH_CHECK(bits == 8 || (a.head_dim % 2 == 0 && a.v_head_dim % 2 == 0), "4 bits need an even head_dim");
+    kvzip::Quantized& q = a.quantized;
+    q.bits = static_cast<int>(bits);
+    q.cu_seqlens = offsets(quantized_cu_seqlens, "quantized_cu_seqlens", a.num_kv_heads + 1);
+    q.cu_tiles = offsets(quantized_cu_tiles, "quantized_cu_tiles", a.num_kv_heads + 1);
+    const int64_t rows = q.cu_seqlens[a.num_kv_heads], tiles = q.cu_tiles[a.num_kv_heads];
+    check_schedule(q.cu_seqlens, q.cu_tiles, a.num_kv_heads, rows);
+    const auto part = [&](const std::optional<Tensor>& tensor, const char* name, ScalarType type, int64_t count) {
+      STD_TORCH_CHECK(tensor.has_value() && tensor->scalar_type() == type && tensor->is_contiguous() &&
+                          tensor->numel() == count && tensor->device() == query.device(),
+                      name, " must be contiguous, of the right dtype, on the device of query, ", count, " elements");
+      return tensor->const_data_ptr();
+    };
+    q.key_codes = static_cast<const uint8_t*>(part(key_codes, "key_codes", ScalarType::Byte, rows * a.head_dim * bits / 8));
+    q.value_codes =
+        static_cast<const uint8_t*>(part(value_codes, "value_codes", ScalarType::Byte, rows * a.v_head_dim * bits / 8));
+    q.key_scales =
+        static_cast<const uint16_t*>(part(key_scales, "key_scales", ScalarType::Half, tiles * 2 * a.head_dim));
+    q.value_scales = static_cast<const uint16_t*>(part(value_scales, "value_scales", ScalarType::Half, rows * 2));
+    q.mask = rows_mask(quantized_mask, "quantized_mask", a.num_kv_heads, rows, &q.mask_stride);
   }
   if (tail_skip) {
     STD_TORCH_CHECK(tail_skip->scalar_type() == ScalarType::Long && tail_skip->dim() == 2 &&
@@ -146,7 +183,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
   a.lse = static_cast<float*>(lse.mutable_data_ptr());
 
   const kvzip::Kernels& kernels = *kvzip::cpu_kernels();
-  const int64_t tiles = a.context_tiles() * a.batch + a.tail_tiles();
+  const int64_t tiles = (a.context_tiles() + a.quantized_tiles()) * a.batch + a.tail_tiles();
   const int64_t work = tiles * kvzip::kTile * a.head_rows() * (a.head_dim + a.v_head_dim);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t workers = std::clamp<int64_t>(work / kLeastWork, 1, threads);

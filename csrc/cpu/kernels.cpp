@@ -6,41 +6,41 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "kvzip/attention.h"
-#include "simd.h"
+#include "quantized.h"
+#include "tile.h"
 
 namespace kvzip {
 namespace KVZIP_ISA {
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kMostRows = 256;  // rows that pass over a tile together; their outputs stay in the L2 cache
-
-int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Where the parts of a workspace lie. A partial result is head_rows * (batch or 1) rows of
 // [v_head_dim unnormalised outputs, maximum, sum].
 struct Layout {
-  int64_t context_workers, tail_workers;  // of those there are, the ones that have a share of the tiles
-  int64_t context_rows, tail_rows, record, context_slots;
+  int64_t context_workers, quantized_workers, tail_workers;  // the ones that have a share of the tiles
+  int64_t context_rows, tail_rows, record, context_slots, quantized_slots;
 
   explicit Layout(const Attention& a, int64_t workers)
       : context_workers(active(workers, a.context_tiles())),
+        quantized_workers(active(workers, a.quantized_tiles())),
         tail_workers(active(workers, a.tail_tiles())),
         context_rows(a.batch * a.head_rows()),
         tail_rows(a.head_rows()),
         record(padded(a.v_head_dim, kLanes) + kLanes),
-        context_slots(a.context_tiles() ? slots(context_workers, a.num_kv_heads) : 0) {}
+        context_slots(a.context_tiles() ? slots(context_workers, a.num_kv_heads) : 0),
+        quantized_slots(a.quantized_tiles() ? slots(quantized_workers, a.num_kv_heads) : 0) {}
 
   float* context(float* base, int64_t slot) const { return base + slot * context_rows * record; }
+  float* quantized(float* base, int64_t slot) const { return context(base, context_slots + slot); }
   float* tail(float* base, int64_t slot) const {
-    return base + (context_slots * context_rows + slot * tail_rows) * record;
+    return context(base, context_slots + quantized_slots) + slot * tail_rows * record;
   }
   int64_t floats(const Attention& a) const {
     const int64_t tail_slots = slots(tail_workers, a.batch * a.num_kv_heads);
-    return (context_slots * context_rows + tail_slots * tail_rows) * record;
+    return ((context_slots + quantized_slots) * context_rows + tail_slots * tail_rows) * record;
   }
 };
 
@@ -63,161 +63,9 @@ const float* pack_query(const Attention& a, int64_t kv_head, int64_t b_begin, in
   return packed;
 }
 
-// Up to kTile keys and values: base pointers, strides and the rows that are visible.
-template <class T>
-struct Tile {
-  const T* keys;
-  const T* values;
-  int64_t key_stride, value_stride;
-  int count;
-  int32_t row[kTile];
-  const T* next_keys;  // of the tile that comes after this one, or nullptr
-
-  const T* key(int i) const { return keys + row[i] * key_stride; }
-  const T* value(int i) const { return values + row[i] * value_stride; }
-};
-
-// Ask for a row that is needed soon. Rows are too short for the processor to see a stream by itself.
-template <class T>
-void fetch(const T* row, int64_t elements) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < elements; i += kLine) __builtin_prefetch(row + i, 0, 2);
-}
-
-Vec softcapped(Vec x, float softcap) { return tanh_of(x / softcap) * softcap; }
-
-// Logits of kRows packed query rows with the tile's keys: s[row][key], kTile columns. The query is already scaled.
-// With `first`, these are the first rows to see the tile, and its values are fetched on the way.
-template <class T>
-void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile<T>& tile, bool first, float softcap,
-            float (*s)[kTile]) {
-  const int64_t width = padded(head_dim, kLanes), whole = head_dim / kLanes * kLanes;
-  for (int k = 0; k < tile.count; k += kKeys) {
-    const T* key[kKeys];
-    for (int j = 0; j < kKeys; ++j) {
-      const int i = std::min(k + j, tile.count - 1);
-      key[j] = tile.key(i);
-      if (first) fetch(tile.value(i), v_head_dim);
-    }
-    Vec acc[kRows][kKeys] = {};
-    for (int64_t d = 0; d < whole; d += kLanes) {
-      Vec kv[kKeys];
-      for (int j = 0; j < kKeys; ++j) kv[j] = load(key[j] + d);
-      for (int r = 0; r < kRows; ++r) {
-        const Vec q = load(query + r * width + d);
-        for (int j = 0; j < kKeys; ++j) acc[r][j] += q * kv[j];
-      }
-    }
-    if (whole < head_dim) {
-      for (int j = 0; j < kKeys; ++j) {
-        const Vec kv = load_part(key[j] + whole, static_cast<int>(head_dim - whole));
-        for (int r = 0; r < kRows; ++r) acc[r][j] += load(query + r * width + whole) * kv;
-      }
-    }
-    Vec sum = sums(acc);
-    if (softcap > 0) sum = softcapped(sum, softcap);
-    float lanes[kLanes];
-    store(lanes, sum);
-    for (int r = 0; r < kRows; ++r) std::memcpy(&s[r][k], lanes + r * kKeys, kKeys * sizeof(float));
-  }
-}
-
-// Turn a row's logits into weights, in place, and fold them into its running maximum and sum; returns what the old
-// output is worth now.
-float softmax(float* s, int visible, float* maximum_, float* sum_) {
-  Vec top = broadcast(-kInfinity);
-  for (int k = 0; k < kTile; k += kLanes) {
-    const Vec x = select(lane_index() + k < visible, load(s + k), broadcast(-kInfinity));
-    store(s + k, x);
-    top = maximum(top, x);
-  }
-  const float before = *maximum_, now = maximum(before, max_of(top));
-  const float pivot = now == -kInfinity ? 0.0f : now;
-  Vec total = {};
-  for (int k = 0; k < kTile; k += kLanes) {
-    const Vec p = exp_negative(load(s + k) - pivot);
-    store(s + k, p);
-    total += p;
-  }
-  const float keep = before == -kInfinity ? 0.0f : std::exp(before - pivot);
-  *maximum_ = now;
-  *sum_ = *sum_ * keep + sum_of(total);
-  return keep;
-}
-
-// out[row] = keep[row] * out[row] + sum over keys of s[row][key] * value[key].
-template <class T, int kBlock>
-void accumulate_block(const float (*s)[kTile], const float* keep, const Tile<T>& tile, int64_t fetched, int64_t d,
-                      int part, float* out, int64_t record) {
-  Vec acc[kRows][kBlock];
-  for (int r = 0; r < kRows; ++r) {
-    for (int j = 0; j < kBlock; ++j) acc[r][j] = load(out + r * record + d + j * kLanes) * keep[r];
-  }
-  for (int k = 0; k < tile.count; ++k) {
-    const T* value = tile.value(k) + d;
-    if (fetched) fetch(tile.next_keys + k * tile.key_stride, fetched);
-    for (int j = 0; j < kBlock; ++j) {
-      const Vec v = part ? load_part(value, part) : load(value + j * kLanes);
-      for (int r = 0; r < kRows; ++r) acc[r][j] += v * s[r][k];
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int j = 0; j < kBlock; ++j) store(out + r * record + d + j * kLanes, acc[r][j]);
-  }
-}
-
-// `fetched` elements of each key of the next tile are fetched on the way.
-template <class T>
-void accumulate(const float (*s)[kTile], const float* keep, const Tile<T>& tile, int64_t fetched, int64_t v_head_dim,
-                float* out, int64_t record) {
-  constexpr int kBlock = kLanes == 4 ? 2 : 4;
-  int64_t d = 0;
-  for (; d + kBlock * kLanes <= v_head_dim; d += kBlock * kLanes) {
-    accumulate_block<T, kBlock>(s, keep, tile, d ? 0 : fetched, d, 0, out, record);
-  }
-  for (; d + kLanes <= v_head_dim; d += kLanes) accumulate_block<T, 1>(s, keep, tile, 0, d, 0, out, record);
-  if (d < v_head_dim) {
-    accumulate_block<T, 1>(s, keep, tile, 0, d, static_cast<int>(v_head_dim - d), out, record);
-  }
-}
-
-// Running results of a segment's rows, [v_head_dim outputs, maximum, sum] each; kRows more than `rows` are written.
-class Rows {
- public:
-  Rows(int64_t rows, int64_t v_head_dim, int64_t record)
-      : rows_(rows), dim_(v_head_dim), record_(record), buffer_(scratch().zeros(padded(rows, kRows) * record)) {
-    for (int64_t r = 0; r < padded(rows, kRows); ++r) at(r)[record - 2] = -kInfinity;
-  }
-
-  // Pass the rows from `begin` on, a group of kRows, over a tile; row r sees the first visible(r) of its keys.
-  template <class T, class Visible>
-  void pass(int64_t begin, const float* query, int64_t head_dim, const Tile<T>& tile, bool first, float softcap,
-            Visible visible) {
-    alignas(64) float s[kRows][kTile];
-    float keep[kRows];
-    logits(query + begin * padded(head_dim, kLanes), head_dim, dim_, tile, first, softcap, s);
-    for (int r = 0; r < kRows; ++r) {
-      float* row = at(begin + r);
-      keep[r] = softmax(s[r], visible(begin + r), row + record_ - 2, row + record_ - 1);
-    }
-    accumulate(s, keep, tile, first && tile.next_keys ? head_dim : 0, dim_, at(begin), record_);
-  }
-
-  void copy_to(float* slot) const { std::memcpy(slot, buffer_, rows_ * record_ * sizeof(float)); }
-
- private:
-  static Scratch& scratch() {
-    static thread_local Scratch scratch;
-    return scratch;
-  }
-  float* at(int64_t r) { return buffer_ + r * record_; }
-
-  int64_t rows_, dim_, record_;
-  float* buffer_;
-};
-
 template <class T>
 void attend_context(const Attention& a, int64_t worker, const Layout& layout, float* workspace) {
+  const int64_t width = padded(a.head_dim, kLanes);
   const int64_t tiles = a.context_tiles(), workers = layout.context_workers;
   const int64_t end = worker_begin(worker + 1, workers, tiles);
   for (int64_t t = worker_begin(worker, workers, tiles); t < end;) {
@@ -245,7 +93,7 @@ void attend_context(const Attention& a, int64_t worker, const Layout& layout, fl
         tile.next_keys = full_next ? tile.keys + kTile * a.head_dim : nullptr;
         const auto all = [&](int64_t) { return tile.count; };
         for (int64_t r = block; r < block_end; r += kRows) {
-          rows.pass(r, query, a.head_dim, tile, r == block, a.softcap, all);
+          rows.pass(r, query + r * width, a.head_dim, tile, r == block, a.softcap, all);
         }
       }
     }
@@ -255,8 +103,35 @@ void attend_context(const Attention& a, int64_t worker, const Layout& layout, fl
 }
 
 template <class T>
+void attend_quantized(const Attention& a, int64_t worker, const Layout& layout, float* workspace) {
+  const Quantized& quantized = a.quantized;
+  const int64_t tiles = a.quantized_tiles(), workers = layout.quantized_workers;
+  const int64_t width = padded(a.head_dim, kLanes), end = worker_begin(worker + 1, workers, tiles);
+  static thread_local QuantizedTile tile;
+  for (int64_t t = worker_begin(worker, workers, tiles); t < end;) {
+    const int head = head_of(t, quantized.cu_tiles, static_cast<int>(a.num_kv_heads));
+    const int64_t stop = std::min(end, quantized.cu_tiles[head + 1]);
+    const float* query = pack_query<T>(a, head, 0, a.batch);
+    Rows rows(layout.context_rows, a.v_head_dim, layout.record);
+    for (int64_t block = 0; block < layout.context_rows; block += kMostRows) {
+      const int64_t block_end = std::min(layout.context_rows, block + kMostRows);
+      for (int64_t at = t; at < stop; ++at) {
+        if (!tile.open(quantized, head, at, a.head_dim, a.v_head_dim, at + 1 < stop)) continue;
+        const auto all = [&](int64_t) { return tile.codes.count; };
+        for (int64_t r = block; r < block_end; r += kRows) {
+          const Fold fold = tile.fold(query + r * width, a.head_dim);
+          rows.pass(r, tile.query(), a.head_dim, tile.codes, r == block, a.softcap, all, &fold);
+        }
+      }
+    }
+    rows.copy_to(layout.quantized(workspace, worker + head));
+    t = stop;
+  }
+}
+
+template <class T>
 void attend_tail(const Attention& a, int64_t worker, const Layout& layout, float* workspace) {
-  const int64_t workers = layout.tail_workers;
+  const int64_t workers = layout.tail_workers, width = padded(a.head_dim, kLanes);
   const int64_t per_item = tiles_of(a.tail_length), tiles = a.tail_tiles(), past = a.tail_length - a.q_len;
   const int64_t end = worker_begin(worker + 1, workers, tiles);
   for (int64_t t = worker_begin(worker, workers, tiles); t < end;) {
@@ -294,7 +169,7 @@ void attend_tail(const Attention& a, int64_t worker, const Layout& layout, float
         bool any = false;
         for (int i = 0; i < kRows; ++i) any = any || causal(r + i) > 0;
         if (!any) continue;
-        rows.pass(r, query, a.head_dim, tile, false, a.softcap, causal);
+        rows.pass(r, query + r * width, a.head_dim, tile, false, a.softcap, causal);
       }
     }
     rows.copy_to(layout.tail(workspace, worker + item));
@@ -305,6 +180,7 @@ template <class T>
 void attend_typed(const Attention& a, int64_t worker, int64_t workers, float* workspace) {
   const Layout layout(a, workers);
   if (worker < layout.context_workers) attend_context<T>(a, worker, layout, workspace);
+  if (worker < layout.quantized_workers) attend_quantized<T>(a, worker, layout, workspace);
   if (worker < layout.tail_workers) attend_tail<T>(a, worker, layout, workspace);
 }
 
@@ -328,7 +204,8 @@ template <class T>
 void merge_typed(const Attention& a, int64_t workers, const float* workspace, int64_t begin, int64_t end) {
   const Layout layout(a, workers);
   float* base = const_cast<float*>(workspace);
-  const int64_t context_tiles = a.context_tiles(), tail_tiles = a.tail_tiles(), per_item = tiles_of(a.tail_length);
+  const int64_t context_tiles = a.context_tiles(), quantized_tiles = a.quantized_tiles();
+  const int64_t tail_tiles = a.tail_tiles(), per_item = tiles_of(a.tail_length);
   static thread_local Scratch scratch;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / a.num_kv_heads, head = item % a.num_kv_heads;
@@ -339,6 +216,12 @@ void merge_typed(const Attention& a, int64_t workers, const float* workspace, in
         const int64_t first = owner(a.cu_tiles[head], layout.context_workers, context_tiles);
         const int64_t last = owner(a.cu_tiles[head + 1] - 1, layout.context_workers, context_tiles);
         const float* record = layout.context(base, first + head) + (b * layout.tail_rows + r) * layout.record;
+        merge_records(record, layout.context_rows * layout.record, last - first + 1, layout.record, sum);
+      }
+      if (quantized_tiles && a.quantized.cu_tiles[head] < a.quantized.cu_tiles[head + 1]) {
+        const int64_t first = owner(a.quantized.cu_tiles[head], layout.quantized_workers, quantized_tiles);
+        const int64_t last = owner(a.quantized.cu_tiles[head + 1] - 1, layout.quantized_workers, quantized_tiles);
+        const float* record = layout.quantized(base, first + head) + (b * layout.tail_rows + r) * layout.record;
         merge_records(record, layout.context_rows * layout.record, last - first + 1, layout.record, sum);
       }
       const int64_t first = owner(item * per_item, layout.tail_workers, tail_tiles);

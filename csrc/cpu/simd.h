@@ -76,9 +76,22 @@ inline Vec load(const float16* p) {
 #endif
 }
 
+inline Vec load(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline float to_float(float x) { return x; }
+inline float to_float(uint8_t x) { return x; }
 inline float to_float(bfloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float f;

@@ -155,7 +155,11 @@ std::tuple<Tensor, Tensor> attend(Tensor query, std::optional<Tensor> keys, std:
                                   std::optional<Tensor> cu_seqlens, std::optional<Tensor> cu_tiles,
                                   std::optional<Tensor> mask, Tensor tail_keys, Tensor tail_values, int64_t tail_length,
                                   std::optional<Tensor> tail_cursor, std::optional<Tensor> tail_skip, double scaling,
-                                  std::optional<double> softcap, std::optional<Tensor> sinks) {
+                                  std::optional<double> softcap, std::optional<Tensor> sinks, int64_t bits,
+                                  std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+                                  std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+                                  std::optional<Tensor>) {
+  require(bits == 0, "the CUDA kernel reads no quantised keys and values");
   require(query.dim() == 4, "query has shape ", shape_of(query), "; expected (batch, heads, q_len, head_dim)");
   const DType dtype = dtype_of("query", query);
   const int head_dim = head_dim_of(query);

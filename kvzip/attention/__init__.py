@@ -4,6 +4,7 @@ from kvzip.attention.backends import BACKENDS, Backend, resolve_backend
 from kvzip.attention.build import KernelsUnavailable
 from kvzip.attention.combine import attend_focused
 from kvzip.attention.interface import KVStates, LogicalLength, Padding, install, restore
+from kvzip.attention.quantized import QuantizedKV, quantize, quantized_nbytes
 from kvzip.attention.ragged import Focus, RaggedKV, TailKV
 from kvzip.attention.rotation import Rotation, recorded_rotations, rotation_of
 
@@ -15,11 +16,14 @@ __all__ = [
     "KernelsUnavailable",
     "LogicalLength",
     "Padding",
+    "QuantizedKV",
     "RaggedKV",
     "Rotation",
     "TailKV",
     "attend_focused",
     "install",
+    "quantize",
+    "quantized_nbytes",
     "recorded_rotations",
     "resolve_backend",
     "restore",

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvzip.attention.quantized import QuantizedKV
 from kvzip.attention.ragged import Focus, RaggedKV, TailKV
 
 
@@ -73,10 +74,30 @@ def attend_ragged(
     output = rows.new_zeros((1, num_kv_heads, num_rows, context.values.shape[1]), dtype=torch.float32)
     lse = rows.new_full((1, num_kv_heads, num_rows), -torch.inf, dtype=torch.float32)
     for heads, keys, values, mask in context.blocks():
-        partial = block(rows[:, heads], keys, values, scaling=scaling, softcap=softcap, mask=mask, causal=False)
+        found = block(rows[:, heads], keys, values, scaling=scaling, softcap=softcap, mask=mask, causal=False)
         if keys.shape[1] == num_kv_heads:
-            return partial
-        output[:, heads], lse[:, heads] = partial
+            output, lse = found
+            break
+        output[:, heads], lse[:, heads] = found
+    return (output, lse) if context.quantized is None else add_quantized(
+        block, rows, context.quantized, output, lse, scaling=scaling, softcap=softcap
+    )  # fmt: skip
+
+
+def add_quantized(
+    block: Block, rows: Tensor, context: QuantizedKV, output: Tensor, lse: Tensor, *, scaling: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Merge attention over quantised rows, turned back some tiles at a time, into what was found over others."""
+    output, lse, exact = output.clone(), lse.clone(), rows.float()
+    for head, keys, values, mask in context.blocks():
+        heads = slice(head, head + 1)
+        seen = None if mask is None else mask[None]
+        found = block(
+            exact[:, heads], keys[None, None], values[None, None], scaling=scaling, softcap=softcap, mask=seen,
+            causal=False,
+        )  # fmt: skip
+        output[:, heads], lse[:, heads] = merge(output[:, heads], lse[:, heads], *found)
     return output, lse
 
 

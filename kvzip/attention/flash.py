@@ -58,7 +58,7 @@ def block(
 def _ragged(rows: Tensor, context: RaggedKV, *, scaling: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     from flash_attn import flash_attn_varlen_func
 
-    if context.mask is not None or not any(context.lengths):
+    if context.mask is not None or context.quantized is not None or not any(context.lengths):
         return attend_ragged(block, rows, context, scaling=scaling, softcap=softcap)
     _, heads, num_rows, head_dim = rows.shape
     starts = torch.arange(0, (heads + 1) * num_rows, num_rows, dtype=torch.int32, device=rows.device)

@@ -19,7 +19,9 @@ torch.library.define(
     "kvzip::attend",
     "(Tensor query, Tensor? keys, Tensor? values, Tensor? cu_seqlens, Tensor? cu_tiles, Tensor? mask, "
     "Tensor tail_keys, Tensor tail_values, int tail_length, Tensor? tail_cursor, Tensor? tail_skip, "
-    "float scaling, float? softcap, Tensor? sinks) -> (Tensor, Tensor)",
+    "float scaling, float? softcap, Tensor? sinks, int bits=0, Tensor? key_codes=None, Tensor? value_codes=None, "
+    "Tensor? key_scales=None, Tensor? value_scales=None, Tensor? quantized_cu_seqlens=None, "
+    "Tensor? quantized_cu_tiles=None, Tensor? quantized_mask=None) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "kvzip::column_max", "(Tensor query, Tensor keys, Tensor lse, float scaling, float? softcap) -> Tensor"
@@ -30,7 +32,7 @@ torch.library.define(
 def _attend_fake(
     query: Tensor, keys: Tensor | None, values: Tensor | None, cu_seqlens: Tensor | None, cu_tiles: Tensor | None,
     mask: Tensor | None, tail_keys: Tensor, tail_values: Tensor, tail_length: int, tail_cursor: Tensor | None,
-    tail_skip: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None,
+    tail_skip: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None, *quantized: object,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, num_heads, q_len, _ = query.shape
     output = query.new_empty((batch, q_len, num_heads, tail_values.shape[-1]))
@@ -55,9 +57,11 @@ def attend(
     """Attend by the kernel of the query's device; see `backends.Attend`.
 
     Args:
-        most_query_tokens: longer queries, and dtypes without a kernel, go to PyTorch's fused attention.
+        most_query_tokens: longer queries, dtypes without a kernel, and quantised contexts on a GPU go to PyTorch's
+            fused attention.
     """
-    if query.shape[2] > most_query_tokens or query.dtype not in DTYPES:
+    on_gpu = context is not None and context.quantized is not None and query.is_cuda  # there is no such kernel yet
+    if query.shape[2] > most_query_tokens or query.dtype not in DTYPES or on_gpu:
         return fused.attend(query, context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
     store: tuple[Tensor | None, ...] = (None,) * 5
     if context is not None:
@@ -65,8 +69,16 @@ def attend(
     if sinks is not None:
         sinks = sinks.float()
     rest = (tail.keys, tail.values, tail.length, tail.cursor, tail.skip, scaling, softcap, sinks)
-    output: tuple[Tensor, Tensor] = torch.ops.kvzip.attend(query, *store, *rest)
+    output: tuple[Tensor, Tensor] = torch.ops.kvzip.attend(query, *store, *rest, *_quantized(context))
     return output
+
+
+def _quantized(context: RaggedKV | None) -> tuple[object, ...]:
+    """The operator's last arguments."""
+    more = None if context is None else context.quantized
+    if more is None:
+        return ()
+    return (more.bits, *more.tensors.values(), more.cu_seqlens, more.cu_tiles, more.mask)
 
 
 def column_max(query: Tensor, keys: Tensor, lse: Tensor, scaling: float, softcap: float | None) -> Tensor:

@@ -1,14 +1,14 @@
 """Keys and values as attention sees them: one layer's ragged context, and the dense tail that follows it."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TILE = 64  # keys, as in csrc/include/kvzip/schedule.h
+from kvzip.attention.quantized import QuantizedKV, tiles_of
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,14 @@ class RaggedKV:
         values: (total_kv, v_head_dim), same order.
         lengths: rows of each KV head, `num_key_value_heads` integers that add up to total_kv; zeros allowed.
         mask: (num_key_value_heads, kv_len) bool, True = attended to; only with equal lengths. None = all rows.
+        quantized: more rows of every head, which follow these; then these are the protected prefix. None = no more.
     """
 
     keys: Tensor
     values: Tensor
     lengths: tuple[int, ...]
     mask: Tensor | None = None
+    quantized: QuantizedKV | None = None
 
     def __post_init__(self) -> None:
         assert sum(self.lengths) == self.keys.shape[0] == self.values.shape[0], "lengths must add up to the rows"
@@ -40,7 +42,7 @@ class RaggedKV:
     @cached_property
     def cu_tiles(self) -> Tensor:
         """The kernels' schedule, see csrc/include/kvzip/schedule.h: prefix sums of the heads' tiles, int64."""
-        tiles = torch.tensor((0, *(-(-length // TILE) for length in self.lengths)), dtype=torch.int64)
+        tiles = torch.tensor((0, *map(tiles_of, self.lengths)), dtype=torch.int64)
         return tiles.cumsum(0).to(self.keys.device)
 
     @cached_property
@@ -50,8 +52,29 @@ class RaggedKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored keys and values."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of the stored keys and values, with the scales of quantised ones."""
+        return self.keys.nbytes + self.values.nbytes + (0 if self.quantized is None else self.quantized.nbytes)
+
+    @property
+    def kv_lengths(self) -> tuple[int, ...]:
+        """All rows of each head, the quantised ones included."""
+        if self.quantized is None:
+            return self.lengths
+        return tuple(sum(pair) for pair in zip(self.lengths, self.quantized.lengths, strict=True))
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> "RaggedKV":
+        """The same with `function(tensor)` in place of every tensor."""
+        mask = None if self.mask is None else function(self.mask)
+        more = None if self.quantized is None else self.quantized.apply(function)
+        return RaggedKV(function(self.keys), function(self.values), self.lengths, mask, more)
+
+    def masked(self, mask: Tensor | None) -> "RaggedKV":
+        """The same with only the rows that `mask` (num_key_value_heads, kv_len) marks visible; None = all."""
+        if self.quantized is None:
+            return replace(self, mask=mask)
+        assert mask is None or bool(mask[:, : self.lengths[0]].all()), "rows that are not quantised are always visible"
+        rest = None if mask is None else mask[:, self.lengths[0] :].contiguous()
+        return replace(self, quantized=replace(self.quantized, mask=rest))
 
     def blocks(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
         """Yield (heads, keys, values, mask) for every largest group of heads that forms one dense block.

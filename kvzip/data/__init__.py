@@ -2,6 +2,7 @@
 
 from kvzip.data.record import Record
 from kvzip.data.registry import (
+    GROUPS,
     Dataset,
     Options,
     dataset,
@@ -10,10 +11,12 @@ from kvzip.data.registry import (
     list_datasets,
     load,
     names,
+    resolve,
     score,
 )
 
 __all__ = [
+    "GROUPS",
     "Dataset",
     "Options",
     "Record",
@@ -23,5 +26,6 @@ __all__ = [
     "list_datasets",
     "load",
     "names",
+    "resolve",
     "score",
 ]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,15 @@ from kvzip.data.words import Split
 Metric = Callable[[str, Sequence[str]], float]
 _SETS = "kvzip.data.sets"
 _DATASETS: dict[str, Dataset] = {}
+_SCBENCH = ("scbench_kv", "scbench_prefix_suffix", "scbench_vt", "scbench_mf", "scbench_repoqa")
+
+# Names that stand for several datasets: patterns of their names. Of SCBench, what needs no files.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "niah": ("niah_*",),
+    "ruler": ("niah_*", "ruler_*"),
+    "scbench": _SCBENCH,
+    **{f"scbench_{length}": tuple(f"{name}_{length}" for name in _SCBENCH) for length in ("tiny", "short", "mid")},
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class Dataset:
             message that says what is missing and how to point to it.
         score: (prediction, references) -> 0..1.
         generate: `(seed, *, split, tokens, count_tokens, ...) -> Record` where records are generated, else None.
-        tokens: default length of a generated context.
+        tokens: default length of a context that is made to measure; None = the length that the benchmark gives it.
     """
 
     name: str
@@ -77,18 +88,31 @@ def register(dataset: Dataset) -> Dataset:
 
 
 def generated(
-    name: str, generate: Callable[..., Record], score: Metric, *, summary: str, tokens: int = 4096
+    name: str,
+    generate: Callable[..., Record],
+    score: Metric,
+    *,
+    summary: str,
+    tokens: int | None = 4096,
+    arguments: Callable[[Options], Mapping[str, Any]] | None = None,
 ) -> Dataset:
-    """Register a dataset whose i-th record is `generate(seed of i, tokens=, count_tokens=, split=)`."""
+    """Register a dataset whose i-th record is `generate(seed of i, tokens=, count_tokens=, split=)`.
+
+    Args:
+        tokens: default length; None = `generate` takes None for the benchmark's own size.
+        arguments: options -> further arguments of `generate`, such as what it needs from files.
+    """
 
     def load(options: Options) -> Iterator[Record]:
         count = 100 if options.num is None else options.num
+        further = {} if arguments is None else arguments(options)
         for index in range(options.start, options.start + count):
             yield generate(
                 options.seed * 1_000_003 + index,
                 tokens=options.tokens or tokens,
                 count_tokens=options.count_tokens,
                 split=options.split,
+                **further,
             )
 
     return register(Dataset(name, summary, load, score, generate, tokens))
@@ -102,10 +126,54 @@ def dataset(name: str) -> Dataset:
     """
     _discover()
     if name not in _DATASETS:
-        near = difflib.get_close_matches(name, _DATASETS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {names()}"
-        raise ValueError(f"unknown dataset {name!r}; {hint}")
+        raise ValueError(_unknown(name, names()))
     return _DATASETS[name]
+
+
+def resolve(spec: str) -> list[tuple[str, int | None]]:
+    """Parse a comma list of `NAME[:TOKENS]` into (dataset name, tokens or None) pairs.
+
+    A name in `GROUPS` stands for its datasets. Tokens are a whole number, with "k" in units of 1024: `ruler:4k`. A pair
+    that has come before is left out.
+
+    Raises:
+        ValueError: an empty list, an unknown name (names the nearest), a length that is no number of tokens, or the
+            length of a dataset that has its own.
+    """
+    pairs: dict[tuple[str, int | None], None] = {}
+    for item in filter(None, map(str.strip, spec.split(","))):
+        name, colon, length = item.partition(":")
+        tokens = _tokens(length, item) if colon else None
+        for member in _members(name.strip()):
+            found = dataset(member)
+            if tokens is not None and found.tokens is None and found.generate is None:
+                raise ValueError(f"dataset {member!r} has a length of its own; leave out :{length} in {item!r}")
+            pairs[member, tokens] = None
+    if not pairs:
+        raise ValueError(f"no dataset in {spec!r}; expected NAME[:TOKENS], ..., such as 'niah_single_1:4k,squad'")
+    return list(pairs)
+
+
+def _members(name: str) -> list[str]:
+    _discover()
+    if name in GROUPS:
+        return [found for found in names() if any(fnmatchcase(found, pattern) for pattern in GROUPS[name])]
+    if name not in _DATASETS:
+        raise ValueError(_unknown(name, (*GROUPS, *names())))
+    return [name]
+
+
+def _tokens(text: str, item: str) -> int:
+    match = re.fullmatch(r"\s*([1-9][0-9]*)\s*([kK]?)\s*", text)
+    if not match:
+        raise ValueError(f"{text!r} in {item!r} is no number of tokens; expected such as 4096 or 4k")
+    return int(match[1]) * (1024 if match[2] else 1)
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {', '.join(known)}"
+    return f"unknown dataset {name!r}; {hint}"
 
 
 def names() -> tuple[str, ...]:

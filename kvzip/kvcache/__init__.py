@@ -4,6 +4,7 @@ from kvzip.kvcache.cache import KV_TYPES, KVCache, PruneResult
 from kvzip.kvcache.layer import ContextLayer
 from kvzip.kvcache.selection import Level, Request, Selection, get_level, list_levels, select
 from kvzip.kvcache.sliding import SlidingLayer
+from kvzip.kvcache.store import check_bits
 from kvzip.kvcache.summary import format_bytes
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Request",
     "Selection",
     "SlidingLayer",
+    "check_bits",
     "format_bytes",
     "get_level",
     "list_levels",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvzip.attention import Backend, Focus, KVStates, LogicalLength, Padding, RaggedKV, attend_focused
+from kvzip.kvcache.store import FULL, evicted, pack, quantized, turned_back, unpack
 from kvzip.kvcache.tail import Tail, cloned
 
 
@@ -185,13 +186,21 @@ class ContextLayer(CacheLayerMixin, KVStates):
     @property
     def tail_nbytes(self) -> int:
         """Bytes of tail buffers and masks."""
-        masks = (self.keep_mask, self.store.mask)
+        more = self.store.quantized
+        masks = (self.keep_mask, self.store.mask, None if more is None else more.mask)
         return self.tail.nbytes + sum(mask.nbytes for mask in masks if mask is not None)
 
     @property
     def is_static(self) -> bool:
         """Whether decoding steps can be captured: the length is known on the device alone, and there is no window."""
-        return self.backend.static and self.sliding_window is None
+        whole = self.context is None or self.context.quantized is None
+        return self.backend.static and self.sliding_window is None and whole
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether rows of the store are hidden."""
+        more = self.store.quantized
+        return self.store.mask is not None or (more is not None and more.mask is not None)
 
     @property
     def sealed_length(self) -> int:
@@ -220,28 +229,40 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.context = RaggedKV(keys.reshape(heads * length, -1), values.reshape(heads * length, -1), (length,) * heads)
         self.prefix_length, self.context_length = prefix_length, length - prefix_length
 
-    def prune(self, keep: Tensor, *, evict: bool) -> None:
+    @property
+    def bits(self) -> int:
+        """Of a stored number, 16 where the context is in the model's precision."""
+        return FULL if self.store.quantized is None else self.store.quantized.bits
+
+    def prune(self, keep: Tensor, *, evict: bool, bits: int | None = None) -> None:
         """Keep only what `keep` marks.
 
         Args:
             keep: (num_key_value_heads, context_length) bool; with `evict`, a subset of what is stored.
             evict: drop the rest from memory; otherwise keep the store as it is and mask it.
+            bits: of a stored number afterwards; None = as now. A quantised store is turned back and quantised again
+                where rows are dropped from it.
         """
-        old = self.store
-        keep = keep.to(old.keys.device)
+        bits = self.bits if bits is None else bits
+        keep = keep.to(self.store.keys.device)
         if not evict:
             self.mask_rows(keep)
         elif not bool(keep.all()):
             rows, stored = self._with_prefix(keep), self._stored_rows()
             assert not bool((rows & ~stored).any()), "evicted pairs cannot return"
-            picked = rows[stored].nonzero().squeeze(1)
-            self.context = RaggedKV(old.keys[picked], old.values[picked], tuple(rows.sum(1).tolist()))
+            if not torch.equal(rows, stored):
+                self.context = evicted(turned_back(self.store), stored, rows)
+        if bits != self.bits:
+            self.quantize(bits)
         self.keep_mask = keep
+
+    def quantize(self, bits: int) -> None:
+        """Quantise the store but for the prefix; 16 bits change nothing."""
+        self.context = quantized(self.store, self.prefix_length, bits)
 
     def mask_rows(self, keep: Tensor) -> None:
         """Attend only to what `keep` (num_key_value_heads, context_length) marks, of a store that holds everything."""
-        mask = None if bool(keep.all()) else self._with_prefix(keep)
-        self.context = RaggedKV(self.store.keys, self.store.values, self.store.lengths, mask)
+        self.context = self.store.masked(None if bool(keep.all()) else self._with_prefix(keep))
 
     def compact(self) -> None:
         """Give back the tail's memory where it is empty."""
@@ -261,8 +282,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `function(tensor)`."""
-        mask = None if self.store.mask is None else function(self.store.mask)
-        self.context = RaggedKV(function(self.store.keys), function(self.store.values), self.store.lengths, mask)
+        self.context = self.store.apply(function)
         self.keep_mask = None if self.keep_mask is None else function(self.keep_mask)
         self.tail = self.tail.mapped(function)
         self.device = self.store.keys.device
@@ -271,38 +291,38 @@ class ContextLayer(CacheLayerMixin, KVStates):
         """Tensors and JSON facts from which `unpack` restores the layer."""
         if self.tail_length and (self.tail.batch > 1 or self.tail.skip is not None):
             raise ValueError(f"this kv holds the turns of {self.tail.batch} sequences: crop them before saving")
-        tensors = {"keys": self.store.keys, "values": self.store.values}
+        tensors, stored = pack(self.store)
         if self.keep_mask is not None:
             tensors["keep_mask"] = self.keep_mask
         if self.tail_length:
             tensors["tail_keys"], tensors["tail_values"] = self.tail.states
         facts = {
-            "lengths": list(self.store.lengths),
+            **stored,
             "prefix_length": self.prefix_length,
             "context_length": self.context_length,
             "sliding_window": self.sliding_window,
-            "masked": self.store.mask is not None,
+            "masked": self.is_masked,
         }
         return tensors, facts
 
     def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Take over what `pack` gave."""
-        keys, values, lengths = tensors["keys"], tensors["values"], tuple(facts["lengths"])
+        store = unpack(tensors, facts)
         prefix, context = facts["prefix_length"], facts["context_length"]
         self.keep_mask = tensors.get("keep_mask")
         consistent = (
             prefix >= 0
             and context > 0
-            and all(0 <= length <= prefix + context for length in lengths)
-            and sum(lengths) == len(keys) == len(values)
-            and (self.keep_mask is None or self.keep_mask.shape == (len(lengths), context))
+            and all(length <= prefix + context for length in store.kv_lengths)
+            and (store.quantized is None or store.lengths[0] == prefix)
+            and (self.keep_mask is None or self.keep_mask.shape == (len(store.lengths), context))
         )
         if not consistent:
             raise ValueError("the lengths of a layer contradict its tensors")
-        self.lazy_initialization(keys, values)
+        self.lazy_initialization(store.keys, store.values)
         self.prefix_length, self.context_length = prefix, context
         self.sliding_window = facts["sliding_window"]
-        self.context = RaggedKV(keys, values, lengths)
+        self.context = store
         if facts["masked"]:
             assert self.keep_mask is not None
             self.mask_rows(self.keep_mask)
@@ -315,6 +335,6 @@ class ContextLayer(CacheLayerMixin, KVStates):
     def _stored_rows(self) -> Tensor:
         """(num_key_value_heads, prefix + context) bool: which logical rows are in the store."""
         heads = len(self.store.lengths)
-        if self.keep_mask is None or self.store.lengths == (self.sealed_length,) * heads:
+        if self.keep_mask is None or self.store.kv_lengths == (self.sealed_length,) * heads:
             return torch.ones(heads, self.sealed_length, dtype=torch.bool, device=self.store.keys.device)
         return self._with_prefix(self.keep_mask)

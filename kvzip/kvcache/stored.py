@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from kvzip.kvcache.layer import ContextLayer
 from kvzip.kvcache.sliding import SlidingLayer
+from kvzip.kvcache.store import nbytes_of
 
 
 class StoredContext(Cache):
@@ -84,18 +85,26 @@ class StoredContext(Cache):
         """Bytes of K and V of prefix and context that are stored, without tail, padding and scores."""
         return sum(layer.nbytes for layer in self.layers)
 
-    def nbytes_of(self, keep: Tensor) -> int:
-        """What `nbytes` would be with only what `keep` (num_layers, num_key_value_heads, context_length) marks."""
-        gone = (~keep).sum((1, 2)).tolist()
-        pairs = [layer.token_nbytes // len(layer.store.lengths) for layer in self.context_layers]
-        return self.full_nbytes - sum(count * size for count, size in zip(gone, pairs, strict=True))
+    def nbytes_of(self, keep: Tensor, bits: int | None = None) -> int:
+        """What `nbytes` would be with only what `keep` (num_layers, num_key_value_heads, context_length) marks.
+
+        Args:
+            bits: of a stored number, see `store.CHOICES`; None = as now.
+        """
+        other = sum(layer.nbytes for layer in self.layers if not isinstance(layer, ContextLayer))
+        for layer, kept in zip(self.context_layers, keep.sum(-1).tolist(), strict=True):
+            other += nbytes_of(layer.store, layer.prefix_length, kept, layer.bits if bits is None else bits)
+        return other
+
+    @property
+    def bits(self) -> int:
+        """Of a stored number: 16 in the model's own precision, else 8 or 4."""
+        return self.context_layers[0].bits
 
     @property
     def full_nbytes(self) -> int:
         """What `nbytes` was before any pruning."""
-        missing = 0
-        for layer in self.context_layers:
-            context = layer.store
-            rows = layer.sealed_length * len(context.lengths) - sum(context.lengths)
-            missing += rows * (context.keys.shape[1] + context.values.shape[1]) * context.keys.element_size()
-        return self.nbytes + missing
+        return sum(
+            layer.sealed_length * layer.token_nbytes if isinstance(layer, ContextLayer) else layer.nbytes
+            for layer in self.layers
+        )

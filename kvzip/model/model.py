@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvzip import head_scores
-from kvzip.attention import resolve_backend
 from kvzip.attention import restore as restore_attention
-from kvzip.kvcache import KVCache
+from kvzip.kvcache import KVCache, check_bits
 from kvzip.model import calibration, generation, loading, passes
 from kvzip.model.checks import check_kv, check_kv_type, check_positions, check_scorers, check_vocabulary
-from kvzip.model.fingerprint import model_fingerprint, tokenizer_fingerprint
-from kvzip.model.probe import check_architecture, make_layers
-from kvzip.model.prompting import INSTRUCTION, Prompting, Query, as_ids, is_batch, is_messages
+from kvzip.model.probe import make_layers
+from kvzip.model.prompting import INSTRUCTION, Query, as_ids, is_batch, is_messages
+from kvzip.model.wrapped import WrappedModel
 from kvzip.scoring import Notes, PrefillScorer, Scorer
 
 PREFILL_CHUNK = 16_000  # tokens a forward pass
 ANSWER_ROOM = 256  # tokens after the context that must fit into a sliding window treated as global
 
 
-class ModelKVzip:
+class ModelKVzip(WrappedModel):
     """A causal language model that answers from compressed contexts."""
 
     def __init__(
@@ -34,6 +32,7 @@ class ModelKVzip:
         name: str = loading.BUNDLED,
         *,
         kv_type: str = "evict",
+        kv_bits: int = 16,
         backend: str = "auto",
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
@@ -44,6 +43,7 @@ class ModelKVzip:
         Args:
             name: "bundled", an alias such as "qwen2.5-7b", a local folder, or a hub id.
             kv_type: default of `prefill`: "evict" frees what is pruned, "retain" keeps and masks it.
+            kv_bits: default of `kv.prune(bits=)`: 16 keeps the model's precision, 8 or 4 quantise what is kept.
             backend: attention backend, "auto" | "reference" | "torch" | "cpu" | "cuda" | "flash"; see
                 `kvzip.attention.resolve_backend`.
             dtype: torch dtype of the weights, "auto" = the checkpoint's.
@@ -55,8 +55,10 @@ class ModelKVzip:
             KernelsUnavailable: the backend needs a compiler, a driver or a package that is missing.
         """
         check_kv_type(kv_type)
+        check_bits(kv_bits)
         model, tokenizer = loading.load(name, dtype=dtype, device=device, **kwargs)
         self._set_up(model, tokenizer, name, kv_type, backend)
+        self.kv_bits = kv_bits
 
     @classmethod
     def from_model(
@@ -83,84 +85,6 @@ class ModelKVzip:
             model.train(was_training)
             raise
         return self
-
-    def _set_up(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, kv_type: str, backend: str
-    ) -> None:
-        self.model, self.tokenizer, self.name, self.kv_type = model, tokenizer, name, kv_type
-        devices = {one.device for one in model.parameters() if not one.is_meta}
-        config = model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_attention_heads", None) or 1
-        head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads
-        self._backend = resolve_backend(backend, devices, head_dim=head_dim, dtype=model.dtype)
-        self.prompting = Prompting(tokenizer)
-        self._seams = check_architecture(model, self._backend)
-
-    # -- properties --------------------------------------------------------------------------------------------------
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """The text model's config."""
-        return self.model.config.get_text_config(decoder=True)
-
-    @property
-    def device(self) -> torch.device:
-        """Where ids go in."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.model.dtype
-
-    @property
-    def backend(self) -> str:
-        """Name of the attention backend."""
-        return self._backend.name
-
-    @property
-    def layer_devices(self) -> list[torch.device]:
-        """The device of every layer, for `kv.to(...)`."""
-        return self._seams.devices
-
-    @property
-    def head_shape(self) -> tuple[int, int]:
-        """(num_layers, num_key_value_heads) of what can be pruned."""
-        return self._seams.shape
-
-    @cached_property
-    def model_id(self) -> dict[str, str]:
-        """Fingerprints that tie a kv to this model and tokenizer."""
-        return {"weights": model_fingerprint(self.model), "tokenizer": tokenizer_fingerprint(self.tokenizer)}
-
-    @property
-    def max_positions(self) -> int | None:
-        """Positions that the config allows, None = not said."""
-        return getattr(self.config, "max_position_embeddings", None)
-
-    def __repr__(self) -> str:
-        return f"ModelKVzip({self.name!r}, {self.dtype}, backend={self.backend!r}, kv_type={self.kv_type!r})"
-
-    # -- text and ids ------------------------------------------------------------------------------------------------
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, no special tokens added."""
-        return self.prompting.encode(text)
-
-    def decode(self, ids: Sequence[int] | Tensor) -> str:
-        """Text of `ids`, special tokens left out.
-
-        Raises:
-            ValueError: there is no tokenizer.
-        """
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer: use return_ids=True")
-        ids = ids if isinstance(ids, Tensor) else list(ids)
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def apply_template(self, query: Query) -> list[int]:
-        """Ids to feed after the context for a question (text), messages, or ids, which are used as they are."""
-        return self.prompting.query_ids(query)
 
     # -- the three steps ---------------------------------------------------------------------------------------------
 
@@ -233,7 +157,8 @@ class ModelKVzip:
         scorers = check_scorers(scorer)
         check_kv(self, kv)
         if kv.nbytes < kv.full_nbytes or kv.tail_length:
-            state = f"{kv.tail_length} tokens of kept turns" if kv.tail_length else f"a ratio of {kv.ratio:.3f} left"
+            state = f"a ratio of {kv.ratio:.3f} left, {kv.bits} bits a number"
+            state = f"{kv.tail_length} tokens of kept turns" if kv.tail_length else state
             raise ValueError(f"scoring needs the whole context and nothing after it, this kv has {state}")
         notes: Mapping[str, list[Notes]] = {}
         if any(isinstance(one, PrefillScorer) for one in scorers):
@@ -337,4 +262,6 @@ class ModelKVzip:
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def _empty_kv(self, kv_type: str, needed: int) -> KVCache:
-        return KVCache(make_layers(self.model, self._backend, needed), kv_type=kv_type, model_id=self.model_id)
+        kv = KVCache(make_layers(self.model, self._backend, needed), kv_type=kv_type, model_id=self.model_id)
+        kv.kv_bits = self.kv_bits
+        return kv

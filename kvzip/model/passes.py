@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kvzip.attention import Focus
 from kvzip.kvcache import ContextLayer, KVCache
+from kvzip.model.gradients import gradient_norms
 from kvzip.model.prompting import Prompting
 from kvzip.model.watching import ModuleInputs, Watch, inputs_of
 from kvzip.scoring import AttentionCall, Blend, LayerView, Notes, PrefillScorer, Scorer, ScoringContext
@@ -108,7 +109,9 @@ def scoring_context(
         *,
         focus: Focus | None = None,
         hidden_states: bool = False,
+        chunk_size: int | None = None,
     ) -> None:
+        size = chunk_size or max(1, len(ids))
         inputs: dict[nn.Module, ModuleInputs] = {}
 
         def observer(
@@ -124,7 +127,8 @@ def scoring_context(
             )
 
         with kv.scratch(), kv.observe(observer, focus), inputs_of(modules.values() if hidden_states else (), inputs):
-            feed(model, kv, ids)
+            for start in range(0, len(ids), size):
+                feed(model, kv, ids[start : start + size])
 
     return ScoringContext(
         layers=views,
@@ -132,6 +136,8 @@ def scoring_context(
         suffix_ids=prompting.suffix_ids,
         encode=prompting.encode,
         replay=replay,
+        gradient_norms=partial(gradient_norms, model, kv, modules),
         max_positions=max_positions,
         progress=lambda items: progress(items, "score", kv.context_length),
+        model_id=kv.model_id,
     )

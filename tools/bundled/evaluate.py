@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from kvzip.data import score
-from tools.bundled.samples import IGNORE, QA_TASKS, Sample, Sampler
+from tools.bundled.samples import IGNORE, OWN_TASKS, QA_TASKS, RULER_ROOM, Sample, Sampler
 
 
 def pack(samples: Sequence[Sample], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -51,9 +51,9 @@ def whole_answers(gold: Sequence[int], right: Sequence[bool], end: int) -> list[
 def _cases(sampler: Sampler, length: int, count: int) -> Iterator[tuple[str, list[Sample]]]:
     """Yield for each measured quantity its name and `count` samples of about `length` context tokens."""
     rng = random.Random(f"evaluation/{length}")
-    for task in QA_TASKS:
+    for task in QA_TASKS if length >= RULER_ROOM else OWN_TASKS:
         yield task, [sampler.questions(rng, task, length + 42, 1) for _ in range(count)]
-    for task in QA_TASKS:
+    for task in OWN_TASKS:
         yield f"{task}, 6 turns", [sampler.questions(rng, task, length + 162, 6) for _ in range(count // 4)]
     repeats = max(4, count // 8)
     yield "repeat all", [sampler.repeat(rng, 2 * length + 60, partial=False) for _ in range(repeats)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig
 
-from tools.bundled.samples import QA_TASKS, Sample, Sampler
+from tools.bundled.samples import OWN_TASKS, QA_TASKS, RULER_ROOM, Sample, Sampler
 from tools.bundled.tokenizer import MAX_LENGTH, VOCAB_SIZE
 
 BETAS = (0.9, 0.98)
@@ -72,8 +72,9 @@ STAGES = (
     Stage("mix-224", (64, 224), 4096, repeats=0.1, until=0.95, share=0.12),
     Stage("mix-384", (64, 384), 4096, repeats=0.1, until=0.95, share=0.25),
     Stage("mix-768", (64, 768), 6144, repeats=0.1, until=0.95, share=0.45),
-    Stage("mix-1k", (64, 1200), 6144, repeats=0.15, until=0.95, share=0.65),
-    Stage("mix-2k", (64, 2300), 8192),
+    Stage("mix-1k", (64, 1200), 6144, repeats=0.15, until=0.95, share=0.55),
+    Stage("mix-2k", (64, 2300), 8192, until=0.95, share=0.8),
+    Stage("mix-4k", (64, 4400), 9000),
 )
 
 
@@ -85,7 +86,8 @@ def batch(sampler: Sampler, stage: Stage, rng: random.Random, accuracy: Mapping[
     """
     low, high = stage.lengths
     length = rng.randint(low, high) if rng.random() < 0.35 else rng.randint((low + high) // 2, high)
-    weights = [FEWEST + 1.0 - accuracy.get(task, 0.0) for task in QA_TASKS]
+    tasks = QA_TASKS if length >= RULER_ROOM else OWN_TASKS
+    weights = [FEWEST + 1.0 - accuracy.get(task, 0.0) for task in tasks]
     samples = []
     for _ in range(max(1, round(stage.tokens / length))):
         kind = rng.random()
@@ -97,7 +99,7 @@ def batch(sampler: Sampler, stage: Stage, rng: random.Random, accuracy: Mapping[
             samples.append(sampler.repeat(rng, length, partial=length > 1400 or rng.random() < 0.5))
         else:
             most = max(1, min(24, length // 16))
-            task = rng.choices(QA_TASKS, weights)[0]
+            task = rng.choices(tasks, weights)[0]
             asked = most if rng.random() < 0.5 else rng.randint(1, most)
             samples.append(sampler.questions(rng, task, length, asked))
     return samples

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from kvzip.data import generate
+from kvzip.data import Record, generate
 from kvzip.data.filler import sentence
+from kvzip.data.sets.niah import listed
 from kvzip.data.words import Split
 from kvzip.model.prompting import INSTRUCTION
 from kvzip.scoring.reconstruction import FIRST_PROMPT, NEXT_PROMPT, OVERLAP
@@ -22,7 +23,13 @@ IGNORE = -100
 SMALLEST = 64  # tokens: any one fact, pair or needle fits
 SYSTEM_TEXTS = ("You are a helpful assistant.", "Answer briefly.", "You answer questions about a text.")
 COPY_WEIGHT = 0.25
-QA_TASKS = ("facts", "kv", "passkey")
+SHORT = 400  # characters: longer texts are not counted twice
+RULER_TASKS = (
+    "niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multivalue", "niah_multiquery",
+)  # fmt: skip
+OWN_TASKS = ("facts", "kv", "passkey")
+QA_TASKS = (*OWN_TASKS, *RULER_TASKS)
+RULER_ROOM = 700  # tokens: all of RULER's prompts fit
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class Sampler:
     def __post_init__(self) -> None:
         self._encode = self.tokenizer.backend_tokenizer.encode
         self.encode = lru_cache(maxsize=200_000)(self._ids)
-        self.count = lru_cache(maxsize=200_000)(lambda text: len(self._ids(text)))
+        short = lru_cache(maxsize=200_000)(lambda text: len(self._ids(text)))
+        self.count = lambda text: short(text) if len(text) < SHORT else len(self._ids(text))
         self.suffix = self._ids(END + ASSISTANT)
         self.end = self._ids(END)
         self.vocab_size = len(self.tokenizer)
@@ -72,32 +80,54 @@ class Sampler:
 
     def questions(self, rng: random.Random, task: str, length: int, num_questions: int) -> Sample:
         """Ask several questions, turn by turn, about one context; about `length` tokens in all."""
-        room = max(SMALLEST, length - 18 - 24 * num_questions)
-        options: dict[str, Any] = {} if task == "kv" else {"filler": self.filler(rng)}
-        if task == "facts" and self.split == "train":
-            options["density"] = 1.0 if rng.random() < 0.4 else rng.uniform(0.1, 1.0)
-        elif task == "passkey" and self.split == "train":
-            options["num_needles"] = rng.choice((1, 4, 8, 16, 24))
-        record = generate(
-            task, rng.getrandbits(40), split=self.split, tokens=room, count_tokens=self.count,
-            num_questions=num_questions, **options,
-        )  # fmt: skip
+        if task in RULER_TASKS:
+            record = self.needles(rng, task, length, num_questions)
+        else:
+            record = self.record(rng, task, length, num_questions)
         ids = self.prefix(rng) + self._ids(record.context)
         labels = [IGNORE] * len(ids)
-        for turn, (question, references) in enumerate(zip(record.questions, record.answers, strict=True)):
-            query = (self._ids(USER) if turn else []) + self._ids("\n\n" + question) + self.suffix
-            answer = self._ids(references[0]) + self.end
+        asked = zip(record.questions, record.prefixes, record.answers, strict=True)
+        for turn, (question, start, references) in enumerate(asked):
+            query = (self._ids(USER) if turn else []) + self._ids("\n\n" + question) + self.suffix + self._ids(start)
+            text = f" {listed(in_order(record.context, references, task))}" if start else references[0]
+            answer = self._ids(text) + self.end
             if len(ids) + len(query) + len(answer) > length and turn:
                 break
             ids += query + answer
             labels += [IGNORE] * len(query) + answer
         return Sample(ids, labels, 1.0, task)
 
+    def needles(self, rng: random.Random, task: str, length: int, num_questions: int) -> Record:
+        """Hide RULER's needles in a prompt of at most `length` tokens; the whole haystack is needles now and then."""
+        essay = rng.randrange(max(1, len(self.sentences) - 1000)) if self.sentences else 0
+        options: dict[str, Any] = {}
+        if task not in ("niah_single_1", "niah_multikey_2") and self.sentences and rng.random() < 0.7:
+            options["essays"] = self.sentences[essay : essay + 1000]
+        most = min(num_questions, max(1, length // 300))
+        several = (max(RULER_ROOM, length) - RULER_ROOM) // 75 + 1
+        return generate(
+            task, rng.getrandbits(40), split=self.split, tokens=length - 75 * (min(most, several) - 1),
+            count_tokens=self.count, num_questions=min(most, several), max_new_tokens=50, **options,
+        )  # fmt: skip
+
+    def record(self, rng: random.Random, task: str, length: int, num_questions: int) -> Record:
+        """Write a context of one of our own tasks that leaves room for the questions."""
+        room = max(SMALLEST, length - 18 - 24 * num_questions)
+        options: dict[str, Any] = {} if task == "kv" else {"filler": self.filler(rng)}
+        if task == "facts" and self.split == "train":
+            options["density"] = 1.0 if rng.random() < 0.4 else rng.uniform(0.1, 1.0)
+        elif task == "passkey" and self.split == "train":
+            options["num_needles"] = rng.choice((1, 4, 8, 16, 24))
+        return generate(
+            task, rng.getrandbits(40), split=self.split, tokens=room, count_tokens=self.count,
+            num_questions=num_questions, **options,
+        )  # fmt: skip
+
     def text(self, rng: random.Random, tokens: int) -> list[int]:
         """Return the ids of some context of at most `tokens` tokens: a record's, essay or noise sentences."""
         kind = rng.random()
         if kind < 0.5 and tokens >= SMALLEST:
-            task = rng.choice(QA_TASKS)
+            task = rng.choice(OWN_TASKS)
             options: dict[str, Any] = {} if task == "kv" else {"filler": self.filler(rng)}
             record = generate(
                 task, rng.getrandbits(40), split=self.split, tokens=tokens, count_tokens=self.count, **options
@@ -144,6 +174,11 @@ class Sampler:
         string = [self.random_id(rng) for _ in range(size)]
         sequence = (string * (length // size + 1))[:length]
         return Sample(sequence, [IGNORE] * size + sequence[size:], COPY_WEIGHT, "random")
+
+
+def in_order(context: str, values: Sequence[str], task: str) -> list[str]:
+    """Several values of one key in the order in which they stand in the context; those of several keys as asked."""
+    return sorted(values, key=context.index) if task == "niah_multivalue" else list(values)
 
 
 def split_sentences(texts: Sequence[str], most: int = 400) -> list[str]:

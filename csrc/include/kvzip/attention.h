@@ -9,6 +9,20 @@ namespace kvzip {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
+// Quantised keys and values, which follow those of the context in every head; see kvzip/attention/quantized.py.
+// x = code * scale + zero. Of 4 bits, a byte's low half is channel j, its high half channel j + head_dim / 2.
+struct Quantized {
+  int bits;                      // 8 or 4; 0: there are none
+  const uint8_t* key_codes;      // (rows, head_dim * bits / 8)
+  const uint8_t* value_codes;    // (rows, v_head_dim * bits / 8)
+  const uint16_t* key_scales;    // (tiles, 2, head_dim) float16: scale and zero of each channel
+  const uint16_t* value_scales;  // (rows, 2) float16: scale and zero of each token
+  const int64_t* cu_seqlens;     // (num_kv_heads + 1)
+  const int64_t* cu_tiles;       // (num_kv_heads + 1)
+  const uint8_t* mask;           // (num_kv_heads, kv_len) or nullptr
+  int64_t mask_stride;
+};
+
 // Strides are in elements; the last dimension is contiguous everywhere.
 struct Attention {
   int64_t batch, num_heads, num_kv_heads, q_len, head_dim, v_head_dim;
@@ -24,6 +38,8 @@ struct Attention {
   const int64_t* cu_tiles;    // (num_kv_heads + 1), see schedule.h
   const uint8_t* mask;        // (num_kv_heads, kv_len), 0 = not attended to; nullptr = all are
   int64_t mask_stride;
+
+  Quantized quantized;
 
   // The tail, per batch row. Query i sees key j where j <= tail_length - q_len + i and j is not in [skip[0], skip[1]).
   const void* tail_keys;    // (batch, num_kv_heads, tail_length, head_dim)
@@ -42,6 +58,7 @@ struct Attention {
   int64_t groups() const { return num_heads / num_kv_heads; }
   int64_t head_rows() const { return groups() * q_len; }  // rows of one KV head in one batch row
   int64_t context_tiles() const { return keys == nullptr ? 0 : cu_tiles[num_kv_heads]; }
+  int64_t quantized_tiles() const { return quantized.bits == 0 ? 0 : quantized.cu_tiles[num_kv_heads]; }
   int64_t tail_tiles() const { return batch * num_kv_heads * tiles_of(tail_length); }
 };
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvzip.data import words
 from kvzip.data.filler import counter, scatter
+from kvzip.data.metrics import exact as score
 from kvzip.data.record import Record
 from kvzip.data.registry import generated
 from kvzip.data.relations import (
@@ -139,14 +140,6 @@ def generate(
     )
 
 
-def normalize(text: str) -> str:
-    """Fold what does not matter in an answer: case, white space and a trailing period."""
-    return " ".join(text.split()).removesuffix(".").rstrip().casefold()
-
-
-def score(prediction: str, references: Sequence[str]) -> float:
-    """Return 1.0 if the prediction is one of the references up to `normalize`, else 0.0."""
-    return float(normalize(prediction) in {normalize(reference) for reference in references})
-
-
-generated(TASK, generate, score, summary="facts in natural English, asked in several phrasings; exact answer", tokens=512)
+generated(
+    TASK, generate, score, summary="facts in natural English, asked in several phrasings; exact answer", tokens=512
+)

@@ -9,9 +9,9 @@ from typing import Any
 
 from kvzip.data import words
 from kvzip.data.filler import counter, scatter
+from kvzip.data.metrics import exact as score
 from kvzip.data.record import Record
 from kvzip.data.registry import generated
-from kvzip.data.sets.facts import score
 from kvzip.data.words import Split
 
 __all__ = ["MAX_NEW_TOKENS", "generate_kv", "generate_passkey", "score"]

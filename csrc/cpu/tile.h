@@ -1,0 +1,205 @@
+// One tile of up to kTile keys and a few query rows: logits, softmax, weighted sum of values; in one instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kvzip/attention.h"
+#include "simd.h"
+
+namespace kvzip {
+namespace KVZIP_ISA {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Up to kTile keys and values: base pointers, strides and the rows that are visible.
+template <class T>
+struct Tile {
+  const T* keys;
+  const T* values;
+  int64_t key_stride, value_stride;
+  int count;
+  int32_t row[kTile];
+  const T* next_keys;  // of the tile that comes after this one, or nullptr
+
+  const T* key(int i) const { return keys + row[i] * key_stride; }
+  const T* value(int i) const { return values + row[i] * value_stride; }
+};
+
+// Ask for a row that is needed soon. Rows are too short for the processor to see a stream by itself.
+template <class T>
+inline void fetch(const T* row, int64_t elements) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < elements; i += kLine) __builtin_prefetch(row + i, 0, 2);
+}
+
+inline Vec softcapped(Vec x, float softcap) { return tanh_of(x / softcap) * softcap; }
+
+// What quantised keys and values leave to be done beside their codes: with keys c * scale + zero, query . zero is the
+// same for all keys of a tile; with values c * scale + zero, each weight is scaled and its share of zero added.
+struct Fold {
+  float bias[kRows];   // query . zero of each row
+  const float* scale;  // of each of the tile's values, kTile of them
+  const float* zero;
+};
+
+// Logits of kRows packed query rows with the tile's keys: s[row][key], kTile columns. The query is already scaled.
+// With `first`, these are the first rows to see the tile, and its values are fetched on the way.
+template <class T>
+void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile<T>& tile, bool first, float softcap,
+            const Fold* fold, float (*s)[kTile]) {
+  Vec bias = {};
+  if (fold != nullptr) {
+    for (int i = 0; i < kRows * kKeys; ++i) bias[i] = fold->bias[i / kKeys];
+  }
+  const int64_t width = padded(head_dim, kLanes), whole = head_dim / kLanes * kLanes;
+  for (int k = 0; k < tile.count; k += kKeys) {
+    const T* key[kKeys];
+    for (int j = 0; j < kKeys; ++j) {
+      const int i = std::min(k + j, tile.count - 1);
+      key[j] = tile.key(i);
+      if (first) fetch(tile.value(i), v_head_dim);
+    }
+    Vec acc[kRows][kKeys] = {};
+    for (int64_t d = 0; d < whole; d += kLanes) {
+      Vec kv[kKeys];
+      for (int j = 0; j < kKeys; ++j) kv[j] = load(key[j] + d);
+      for (int r = 0; r < kRows; ++r) {
+        const Vec q = load(query + r * width + d);
+        for (int j = 0; j < kKeys; ++j) acc[r][j] += q * kv[j];
+      }
+    }
+    if (whole < head_dim) {
+      for (int j = 0; j < kKeys; ++j) {
+        const Vec kv = load_part(key[j] + whole, static_cast<int>(head_dim - whole));
+        for (int r = 0; r < kRows; ++r) acc[r][j] += load(query + r * width + whole) * kv;
+      }
+    }
+    Vec sum = sums(acc) + bias;
+    if (softcap > 0) sum = softcapped(sum, softcap);
+    float lanes[kLanes];
+    store(lanes, sum);
+    for (int r = 0; r < kRows; ++r) std::memcpy(&s[r][k], lanes + r * kKeys, kKeys * sizeof(float));
+  }
+}
+
+// Turn a row's logits into weights, in place, and fold them into its running maximum and sum; returns what the old
+// output is worth now.
+inline float softmax(float* s, int visible, float* maximum_, float* sum_) {
+  Vec top = broadcast(-kInfinity);
+  for (int k = 0; k < kTile; k += kLanes) {
+    const Vec x = select(lane_index() + k < visible, load(s + k), broadcast(-kInfinity));
+    store(s + k, x);
+    top = maximum(top, x);
+  }
+  const float before = *maximum_, now = maximum(before, max_of(top));
+  const float pivot = now == -kInfinity ? 0.0f : now;
+  Vec total = {};
+  for (int k = 0; k < kTile; k += kLanes) {
+    const Vec p = exp_negative(load(s + k) - pivot);
+    store(s + k, p);
+    total += p;
+  }
+  const float keep = before == -kInfinity ? 0.0f : std::exp(before - pivot);
+  *maximum_ = now;
+  *sum_ = *sum_ * keep + sum_of(total);
+  return keep;
+}
+
+// What becomes of a group of rows' old outputs: out = keep * out + shift + the tile's part.
+struct Update {
+  float keep[kRows];
+  float shift[kRows] = {};
+};
+
+// Scale a row's weights as the values' codes want it; returns the part of the output that is the same in all channels.
+inline float fold_values(float* s, const Fold& fold) {
+  Vec shift = {};
+  for (int k = 0; k < kTile; k += kLanes) {
+    const Vec weight = load(s + k);
+    shift += weight * load(fold.zero + k);
+    store(s + k, weight * load(fold.scale + k));
+  }
+  return sum_of(shift);
+}
+
+// out[row] = keep[row] * out[row] + shift[row] + sum over keys of s[row][key] * value[key].
+template <class T, int kBlock>
+void accumulate_block(const float (*s)[kTile], const Update& update, const Tile<T>& tile, int64_t fetched, int64_t d,
+                      int part, float* out, int64_t record) {
+  Vec acc[kRows][kBlock];
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kBlock; ++j) {
+      acc[r][j] = load(out + r * record + d + j * kLanes) * update.keep[r] + update.shift[r];
+    }
+  }
+  for (int k = 0; k < tile.count; ++k) {
+    const T* value = tile.value(k) + d;
+    if (fetched) fetch(tile.next_keys + k * tile.key_stride, fetched);
+    for (int j = 0; j < kBlock; ++j) {
+      const Vec v = part ? load_part(value, part) : load(value + j * kLanes);
+      for (int r = 0; r < kRows; ++r) acc[r][j] += v * s[r][k];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kBlock; ++j) store(out + r * record + d + j * kLanes, acc[r][j]);
+  }
+}
+
+// `fetched` elements of each key of the next tile are fetched on the way.
+template <class T>
+void accumulate(const float (*s)[kTile], const Update& update, const Tile<T>& tile, int64_t fetched, int64_t v_head_dim,
+                float* out, int64_t record) {
+  constexpr int kBlock = kLanes == 4 ? 2 : 4;
+  int64_t d = 0;
+  for (; d + kBlock * kLanes <= v_head_dim; d += kBlock * kLanes) {
+    accumulate_block<T, kBlock>(s, update, tile, d ? 0 : fetched, d, 0, out, record);
+  }
+  for (; d + kLanes <= v_head_dim; d += kLanes) accumulate_block<T, 1>(s, update, tile, 0, d, 0, out, record);
+  if (d < v_head_dim) {
+    accumulate_block<T, 1>(s, update, tile, 0, d, static_cast<int>(v_head_dim - d), out, record);
+  }
+}
+
+// Running results of a segment's rows, [v_head_dim outputs, maximum, sum] each; kRows more than `rows` are written.
+class Rows {
+ public:
+  Rows(int64_t rows, int64_t v_head_dim, int64_t record)
+      : rows_(rows), dim_(v_head_dim), record_(record), buffer_(scratch().zeros(padded(rows, kRows) * record)) {
+    for (int64_t r = 0; r < padded(rows, kRows); ++r) at(r)[record - 2] = -kInfinity;
+  }
+
+  // Pass the rows from `begin` on, a group of kRows, over a tile; row r sees the first visible(r) of its keys.
+  // `query` is that of the group; `fold` belongs to quantised tiles.
+  template <class T, class Visible>
+  void pass(int64_t begin, const float* query, int64_t head_dim, const Tile<T>& tile, bool first, float softcap,
+            Visible visible, const Fold* fold = nullptr) {
+    alignas(64) float s[kRows][kTile];
+    Update update;
+    logits(query, head_dim, dim_, tile, first, softcap, fold, s);
+    for (int r = 0; r < kRows; ++r) {
+      float* row = at(begin + r);
+      update.keep[r] = softmax(s[r], visible(begin + r), row + record_ - 2, row + record_ - 1);
+      if (fold != nullptr) update.shift[r] = fold_values(s[r], *fold);
+    }
+    accumulate(s, update, tile, first && tile.next_keys ? head_dim : 0, dim_, at(begin), record_);
+  }
+
+  void copy_to(float* slot) const { std::memcpy(slot, buffer_, rows_ * record_ * sizeof(float)); }
+
+ private:
+  static Scratch& scratch() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+  float* at(int64_t r) { return buffer_ + r * record_; }
+
+  int64_t rows_, dim_, record_;
+  float* buffer_;
+};
+
+}  // namespace KVZIP_ISA
+}  // namespace kvzip
