@@ -18,6 +18,8 @@ ALLOWED = {
     "head_scores": set(),
     "data": set(),
     "model": {"attention", "kvcache", "scoring", "head_scores"},
+    "evaluation": {"attention", "kvcache", "scoring", "head_scores", "model", "data"},
+    "integrations": {"attention", "kvcache", "scoring", "model"},
 }
 
 

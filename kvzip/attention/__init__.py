@@ -5,7 +5,7 @@ from kvzip.attention.build import KernelsUnavailable
 from kvzip.attention.combine import attend_focused
 from kvzip.attention.interface import KVStates, LogicalLength, Padding, install, restore
 from kvzip.attention.quantized import QuantizedKV, quantize, quantized_nbytes
-from kvzip.attention.ragged import Focus, RaggedKV, TailKV
+from kvzip.attention.ragged import Focus, RaggedKV, TailFocus, TailKV
 from kvzip.attention.rotation import Rotation, recorded_rotations, rotation_of
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "QuantizedKV",
     "RaggedKV",
     "Rotation",
+    "TailFocus",
     "TailKV",
     "attend_focused",
     "install",

@@ -6,13 +6,13 @@ i become row g * q_len + i of KV head k (GQA packing), so each key and value is 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kvzip.attention.quantized import QuantizedKV
-from kvzip.attention.ragged import Focus, RaggedKV, TailKV
+from kvzip.attention.ragged import Focus, RaggedKV, TailFocus, TailKV
 
 
 class Block(Protocol):
@@ -143,18 +143,22 @@ def attend_focused(
     query: Tensor,
     context: RaggedKV,
     tail: TailKV,
-    focus: Focus,
+    focus: Focus | TailFocus,
     *,
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to everything, and say how much of it is the focus; for one sequence over an unpruned context.
+    """Attend to everything, and say how much of it is the focus; for one sequence.
+
+    A `Focus` is in a context of which nothing was evicted or quantised; with a `TailFocus` the context may be any.
 
     Returns:
         output (1, q_len, num_heads, v_head_dim) over all keys, and log-sum-exp (1, num_heads, q_len) over the focus:
         the normaliser of a softmax over the focus alone, which costs nothing more, as parts are merged in this order.
     """
+    if isinstance(focus, TailFocus):
+        return _attend_tail_focused(block, query, context, tail, focus, scaling=scaling, softcap=softcap, sinks=sinks)
     _, num_heads, q_len, _ = query.shape
     num_kv_heads, length = len(context.lengths), context.lengths[0]
     rows = query.reshape(1, num_kv_heads, (num_heads // num_kv_heads) * q_len, -1)
@@ -169,6 +173,33 @@ def attend_focused(
                 found = block(rows, *part, scaling=scaling, softcap=softcap, mask=None, causal=False)
                 output, lse = merge(output, lse, *found)
         focus_lse = lse if inside else focus_lse
+    shape = (1, num_heads, q_len)
+    output, lse = output.reshape(*shape, -1), lse.reshape(shape)
+    return _finished(output, lse, query.dtype, sinks), focus_lse.reshape(shape)
+
+
+def _attend_tail_focused(
+    block: Block, query: Tensor, context: RaggedKV, tail: TailKV, focus: TailFocus, *, scaling: float,
+    softcap: float | None, sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _, num_heads, q_len, _ = query.shape
+    num_kv_heads = len(context.lengths)
+    rows = query.reshape(1, num_kv_heads, (num_heads // num_kv_heads) * q_len, -1)
+    keys, values = tail.used()
+    past = keys.shape[2] - q_len
+    options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
+    output, lse = _attend_tail(block, rows, keys[:, :, past:], values[:, :, past:], q_len, **options)
+    focus_lse = lse
+    for number, (a, b) in enumerate([(focus.start, focus.stop), (0, focus.start), (focus.stop, past)]):
+        if a < b:
+            found = block(rows, keys[:, :, a:b], values[:, :, a:b], mask=None, causal=False, **options)
+            output, lse = merge(output, lse, *found)
+        focus_lse = lse if number == 0 else focus_lse
+    if focus.prefix:
+        first = context.cu_seqlens_k[:-1, None] + torch.arange(focus.prefix, device=keys.device)
+        prefix = context.keys[first][None], context.values[first][None]
+        focus_lse = torch.logaddexp(focus_lse, block(rows, *prefix, mask=None, causal=False, **options)[1])
+    output, lse = merge(output, lse, *attend_ragged(block, rows, context, **options))
     shape = (1, num_heads, q_len)
     output, lse = output.reshape(*shape, -1), lse.reshape(shape)
     return _finished(output, lse, query.dtype, sinks), focus_lse.reshape(shape)

@@ -103,6 +103,14 @@ class Focus(NamedTuple):
     stop: int
 
 
+class TailFocus(NamedTuple):
+    """As `Focus`, of keys in the tail: a head's stored rows [0, prefix), tail rows [start, stop), the query's own."""
+
+    prefix: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class TailKV:
     """What comes after the context: dense, causal, and each batch row's own.

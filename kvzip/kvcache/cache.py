@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvzip.attention import Focus
+from kvzip.attention import Focus, TailFocus
 from kvzip.kvcache import pruning
-from kvzip.kvcache.layer import ContextLayer, Observer
+from kvzip.kvcache.layer import ContextLayer
+from kvzip.kvcache.observer import Observer
+from kvzip.kvcache.owner import Fidelity, Owner
 from kvzip.kvcache.pruning import Scores
+from kvzip.kvcache.scored import ScoredContext
 from kvzip.kvcache.selection import Level
 from kvzip.kvcache.sliding import SlidingLayer
 from kvzip.kvcache.store import FULL, check_bits
-from kvzip.kvcache.stored import StoredContext
 from kvzip.kvcache.summary import describe
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ class PruneResult(NamedTuple):
     ratio: float
 
 
-class KVCache(StoredContext):
+class KVCache(ScoredContext):
     """Keys and values of prefix + context, their scores, and the tail of the running conversation.
 
     Made by `ModelKVzip.prefill`; usable as `past_key_values` of stock transformers generation on the same model.
@@ -45,10 +48,8 @@ class KVCache(StoredContext):
         context_length: tokens of the context, before pruning.
         kv_type: "evict" frees what is pruned; "retain" keeps and masks it, so that any ratio can follow any other.
         model_id: what the cache belongs to (fingerprint of weights and tokenizer).
-        head_scores: (num_layers, num_key_value_heads) loaded head scores, or None.
-        level: the level `prune` uses when it is not told one.
         kv_bits: the bits that `prune` quantises to when it is not told any; None = the model's precision.
-        scored: scores by the scorer's name; `set_scores` adds.
+        owner: weak reference to the model that made it, for what needs one.
     """
 
     def __init__(
@@ -64,11 +65,9 @@ class KVCache(StoredContext):
         self.kv_type = kv_type
         self.model_id = dict(model_id or {})
         self.input_ids = torch.empty(0, dtype=torch.int64)
-        self.head_scores: Tensor | None = None
-        self.level = "pair"
         self.kv_bits: int | None = None
+        self.owner: weakref.ref[Owner] | None = None
         self.pruned_with: dict[str, str | float] = {}
-        self.scored: dict[str, Scores] = {}
 
     @property
     def allocated_nbytes(self) -> int:
@@ -81,73 +80,39 @@ class KVCache(StoredContext):
     def __repr__(self) -> str:
         return describe(self)
 
-    # -- scores ------------------------------------------------------------------------------------------------------
-
-    @property
-    def scorers(self) -> tuple[str, ...]:
-        """Names of the scorers that scored this context, the default first."""
-        return tuple(self.scored)
-
-    @property
-    def scores(self) -> Tensor:
-        """(num_layers, num_key_value_heads, context_length) float32 of the default scorer, higher = keep.
-
-        Raises:
-            ValueError: the context was not scored.
-        """
-        return self.scores_of(None)
-
-    def scores_of(self, scorer: str | None, ratio: float = 1.0) -> Tensor:
-        """Scores by the scorer's name, None = the first one; `ratio` kept matters to methods that blend by it.
-
-        Raises:
-            ValueError: no such scores.
-        """
-        if not self.scored:
-            how = (
-                "only head scores were loaded" if self.head_scores is not None else "it was prefilled with scorer=None"
-            )
-            raise ValueError(f"this kv has no pair scores: {how}; prefill with a scorer")
-        if scorer is None:
-            scorer = self.scorers[0]
-        if scorer not in self.scored:
-            raise ValueError(f"this kv was not scored by {scorer!r}; it has scores of {self.scorers}")
-        return self.scored[scorer].at(ratio)
-
-    def set_scores(self, name: str, scores: Tensor, slope: Tensor | None = None) -> None:
-        """Attach `scores` (num_layers, num_key_value_heads, context_length) under a scorer's name.
-
-        Args:
-            slope: as `scores`; (1 - ratio kept) times it is added when pruning.
-
-        Raises:
-            ValueError: wrong shape, NaN or infinity.
-        """
-        expected = (len(self.context_layers), len(self.context_layers[0].store.lengths), self.context_length)
-        for part in (scores, slope):
-            if part is not None and tuple(part.shape) != expected:
-                raise ValueError(f"scores of {name!r} have shape {tuple(part.shape)}, expected {expected}")
-            if part is not None and not bool(part.isfinite().all()):
-                raise ValueError(f"scores of {name!r} contain NaN or infinity")
-        parts = (None if part is None else part.detach().to("cpu", torch.float32) for part in (scores, slope))
-        self.scored[name] = Scores(*parts)  # type: ignore[arg-type]
-
-    def set_head_scores(self, scores: Tensor) -> None:
-        """Attach head scores (num_layers, num_key_value_heads) and make "head" the default level.
-
-        Raises:
-            ValueError: wrong shape.
-        """
-        expected = (len(self.context_layers), len(self.context_layers[0].store.lengths))
-        if tuple(scores.shape) != expected:
-            raise ValueError(f"head scores have shape {tuple(scores.shape)}, expected {expected}")
-        self.head_scores, self.level = scores.float(), "head"
-
     # -- pruning -----------------------------------------------------------------------------------------------------
+
+    def fidelity(self, *, chunks: int | None = None, seed: int = 0) -> Fidelity:
+        """How well the model still repeats the context from this kv: a check that needs no question and no gold answer.
+
+        Costs a pass over the context, or over a seeded sample of `chunks` chunks of 256 tokens.
+
+        Returns:
+            accuracy, log-likelihood, and the accuracy with nothing dropped where it is known.
+
+        Raises:
+            ValueError: kept turns, no positions left to repeat the context, or no model (see `owner`).
+        """
+        return self.bound("fidelity").fidelity(self, chunks=chunks, seed=seed)
+
+    def extend(self, more: Any, **options: Any) -> None:
+        """Append to the context; see `ModelKVzip.extend`."""
+        self.bound("extend").extend(self, more, **options)
+
+    def bound(self, what: str) -> Owner:
+        """The model that made this kv.
+
+        Raises:
+            ValueError: there is none, or it is gone.
+        """
+        owner = None if self.owner is None else self.owner()
+        if owner is None:
+            raise ValueError(f"{what} needs the model that made this kv, which is gone; load the kv with model.load_kv")
+        return owner
 
     def prune(
         self,
-        ratio: float | None = None,
+        ratio: float | str | None = None,
         level: str | Level | None = None,
         *,
         tokens: int | None = None,
@@ -155,13 +120,16 @@ class KVCache(StoredContext):
         threshold: float | None = None,
         scorer: str | None = None,
         bits: int | None = None,
+        tolerance: float = 0.01,
+        chunks: int | None = None,
     ) -> PruneResult:
         """Keep a part of the context's KV pairs, for good ("evict") or until pruned otherwise ("retain").
 
         Layers are replaced one after the other, so the extra memory is one layer's.
 
         Args:
-            ratio: fraction kept of the original context, in (0, 1].
+            ratio: fraction kept of the original context, in (0, 1]; or "auto": the smallest, in steps of 0.01, whose
+                `fidelity` is within `tolerance` of that with nothing dropped, which takes 8 measurements at most.
             level: "pair" (one ranking over layers, heads and positions), "pair-uniform" (the same number per head),
                 "head" (whole heads), "adakv" ...: see `list_levels()`; None = `self.level`.
             tokens: in place of a ratio: tokens of the context that a head keeps on average.
@@ -169,17 +137,25 @@ class KVCache(StoredContext):
             threshold: in place of ratio and level: keep the pairs with at least this score.
             scorer: whose scores to use, where several scored; None = the first.
             bits: of a stored number, see `quantize`; None = `kv_bits`.
+            tolerance, chunks: for "auto": accuracy that may be lost, in [0, 1), and chunks looked at, None = all.
 
         Raises:
-            ValueError: bad ratio, level, scorer or bits; no scores; more asked for than an evicted cache still has. The kv is
-                unchanged.
+            ValueError: bad ratio, level, scorer or bits; no scores; more asked for than an evicted cache still has. The
+                kv is unchanged.
         """
         bits = self._checked_bits(self.kv_bits if bits is None and self.bits == FULL else bits)
+        evidence: dict[str, str | float] = {}
+        if isinstance(ratio, str):
+            if ratio != "auto":
+                raise ValueError(f"ratio must be a number in (0, 1] or 'auto', got {ratio!r}")
+            ratio, evidence = self.bound("prune('auto')").find_ratio(
+                self, tolerance=tolerance, level=level, scorer=scorer, bits=bits, chunks=chunks
+            )
         chosen, how = pruning.choose(
-            self, ratio=ratio, level=level, tokens=tokens, nbytes=nbytes, threshold=threshold, scorer=scorer
+            self, ratio=ratio, level=level, tokens=tokens, nbytes=nbytes, threshold=threshold, scorer=scorer, bits=bits
         )
         self.prune_to(chosen.keep, bits=bits)
-        self.pruned_with = how
+        self.pruned_with = {**how, **evidence}
         return PruneResult(chosen.threshold, self.ratio)
 
     def quantize(self, bits: int) -> None:
@@ -251,7 +227,7 @@ class KVCache(StoredContext):
                 layer.context = context
 
     @contextmanager
-    def observe(self, observer: Observer, focus: Focus | None = None) -> Iterator[None]:
+    def observe(self, observer: Observer, focus: Focus | TailFocus | None = None) -> Iterator[None]:
         """Call `observer` after every attention inside the block, with log-sum-exp over `focus`, None = all keys."""
         for layer in self.context_layers:
             layer.observer, layer.focus = observer, focus
@@ -265,6 +241,25 @@ class KVCache(StoredContext):
         """Give back memory that holds nothing: tail buffers where no turn is kept, and what sliding windows left."""
         for layer in self.layers:
             layer.compact()
+
+    def absorb(self, ids: Sequence[int], scored: Mapping[str, Scores]) -> None:
+        """Make the tail a part of the context: `ids` (n,) are its tokens, `scored` their scores, of the same methods.
+
+        Raises:
+            ValueError: other methods than those that scored the context, or scores of a wrong shape.
+        """
+        if set(scored) != set(self.scored):
+            raise ValueError(f"the context was scored by {self.scorers}, what is added by {tuple(scored)}")
+        if self.tail_length != len(ids):
+            raise ValueError(f"{len(ids)} ids are given for a tail of {self.tail_length} tokens")
+        before = dict(self.scored)
+        for layer in self.context_layers:
+            layer.absorb()
+        for name, added in scored.items():
+            parts = zip(before[name], added, strict=True)
+            joined = [None if a is None or b is None else torch.cat([a, b.cpu().to(a.dtype)], dim=-1) for a, b in parts]
+            self.set_scores(name, *joined)  # type: ignore[arg-type]
+        self.input_ids = torch.cat([self.input_ids, torch.tensor(list(ids), dtype=torch.int64)])
 
     # -- copies ------------------------------------------------------------------------------------------------------
 

@@ -1,35 +1,16 @@
 """One prunable layer: an immutable context store and a tail that grows in place."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from kvzip.attention import Backend, Focus, KVStates, LogicalLength, Padding, RaggedKV, attend_focused
-from kvzip.kvcache.store import FULL, evicted, pack, quantized, turned_back, unpack
+from kvzip.attention import Backend, Focus, KVStates, LogicalLength, Padding, RaggedKV, TailFocus, attend_focused
+from kvzip.kvcache.observer import Observer
+from kvzip.kvcache.store import FULL, appended, evicted, pack, quantized, turned_back, unpack
 from kvzip.kvcache.tail import Tail, cloned
-
-
-class Observer(Protocol):
-    """Is called after every attention of a layer that it observes."""
-
-    def __call__(
-        self,
-        layer: "ContextLayer",
-        module: nn.Module,
-        query: Tensor,
-        lse: Tensor,
-        scaling: float,
-        softcap: float | None,
-    ) -> None:
-        """Look at one call.
-
-        Args:
-            query: (1, num_heads, q_len, head_dim).
-            lse: (1, num_heads, q_len) float32 log-sum-exp over the focus, or without one over everything visible.
-        """
 
 
 class ContextLayer(CacheLayerMixin, KVStates):
@@ -66,7 +47,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.context_length = 0
         self.tail = Tail()
         self.observer: Observer | None = None
-        self.focus: Focus | None = None
+        self.focus: Focus | TailFocus | None = None
 
     def __repr__(self) -> str:
         return f"ContextLayer(context={self.sealed_length}, tail={self.tail_length})"
@@ -222,12 +203,28 @@ class ContextLayer(CacheLayerMixin, KVStates):
         keys, values = (torch.cat(pair, dim=1) for pair in zip(stored, (keys, values), strict=True))
         return keys, values
 
+    def recent_states(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (num_key_value_heads, prefix_length + tail_length, head_dim) of the prefix and the tail."""
+        prefix = torch.arange(self.prefix_length, device=self.store.keys.device)
+        rows = self.store.cu_seqlens_k[:-1, None] + prefix
+        keys, values = (states[0] for states in self.tail.states)
+        return torch.cat([self.store.keys[rows], keys], dim=1), torch.cat([self.store.values[rows], values], dim=1)
+
     def seal(self, prefix_length: int) -> None:
         """Turn the tail into the context store: `prefix_length` protected tokens, the rest is the context."""
         keys, values = self.tail.take()
         _, heads, length, _ = keys.shape
         self.context = RaggedKV(keys.reshape(heads * length, -1), values.reshape(heads * length, -1), (length,) * heads)
         self.prefix_length, self.context_length = prefix_length, length - prefix_length
+
+    def absorb(self) -> None:
+        """Make the tail, of one sequence, a part of the context, whose every head gets all of it."""
+        keys, values = self.tail.take()
+        added = keys.shape[2]
+        self.context = appended(self.store, keys[0], values[0])
+        if self.keep_mask is not None:
+            self.keep_mask = torch.cat([self.keep_mask, self.keep_mask.new_ones(len(self.keep_mask), added)], dim=1)
+        self.context_length += added
 
     @property
     def bits(self) -> int:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
+from kvzip.kvcache.levels.window_threshold import WindowThreshold
 from kvzip.kvcache.selection import Level, Selection, above, check_ratio, get_level, select
 
 if TYPE_CHECKING:
@@ -33,14 +37,13 @@ def parse_bytes(size: int | str) -> int:
     Raises:
         ValueError: not a size above 0.
     """
+    count: object = size
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", size.lower())
-        if match is None or match[2] not in _UNITS:
-            raise ValueError(f"nbytes must be a number of bytes such as 2048, '300MB' or '1GiB', got {size!r}")
-        size = int(float(match[1]) * _UNITS[match[2]])
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"nbytes must be a number of bytes above 0, got {size!r}")
-    return size
+        count = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else None
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+        raise ValueError(f"nbytes must be a number of bytes above 0, such as 2048, '300MB' or '1GiB', got {size!r}")
+    return int(count)
 
 
 def ratio_of_tokens(kv: KVCache, tokens: int) -> float:
@@ -49,24 +52,30 @@ def ratio_of_tokens(kv: KVCache, tokens: int) -> float:
     Raises:
         ValueError: not a whole number above 0.
     """
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+    if isinstance(tokens, bool) or not isinstance(tokens, Integral) or tokens < 1:
         raise ValueError(f"tokens must be a whole number above 0, got {tokens!r}")
-    return min(1.0, tokens / kv.context_length)
+    return min(1.0, int(tokens) / kv.context_length)
 
 
-def ratio_of_bytes(kv: KVCache, nbytes: int | str) -> float:
+def ratio_of_bytes(kv: KVCache, nbytes: int | str, bits: int | None = None) -> float:
     """The largest ratio, in steps of one token a head, at which K and V of prefix and context take `nbytes`.
+
+    Args:
+        bits: of a stored number; None = as now.
 
     Raises:
         ValueError: not a size, or one that the prefix and one token a head do not fit into.
     """
-    size = parse_bytes(nbytes)
-    a_token = sum(layer.token_nbytes for layer in kv.context_layers)
-    fixed = kv.full_nbytes - a_token * kv.context_length
-    tokens = min(kv.context_length, (size - fixed) // a_token)
+    size, length = parse_bytes(nbytes), kv.context_length
+    positions = torch.arange(length).expand_as(kv.keep_mask)
+
+    def needed(tokens: int) -> int:
+        return kv.nbytes_of(positions < tokens, bits)
+
+    tokens = bisect_right(range(1, length + 1), size, key=needed)
     if tokens < 1:
-        raise ValueError(f"nbytes={nbytes!r} is less than the least this kv can take, {fixed + a_token} bytes")
-    return tokens / kv.context_length
+        raise ValueError(f"nbytes={nbytes!r} is less than the least this kv can take, {needed(1)} bytes")
+    return tokens / length
 
 
 def choose(
@@ -78,6 +87,7 @@ def choose(
     nbytes: int | str | None,
     threshold: float | None,
     scorer: str | None,
+    bits: int | None = None,
 ) -> tuple[Selection, dict[str, str | float]]:
     """Choose what `kv.prune` keeps; see there for the arguments.
 
@@ -95,7 +105,7 @@ def choose(
     available = kv.keep_mask if kv.kv_type == "evict" and kv.is_pruned else None
     by = scorer or next(iter(kv.scored), "")
     if threshold is not None:
-        return above(kv.scores_of(scorer), threshold, available), {"threshold": float(threshold), "scorer": by}
+        return choose_above(kv.scores_of(scorer), threshold, level, available, by)
     level = get_level(kv.level if level is None else level)
     by_head = level.name == "head" and kv.head_scores is not None and scorer is None
 
@@ -109,15 +119,38 @@ def choose(
     if tokens is not None:
         wanted = ratio_of_tokens(kv, tokens)
     elif nbytes is not None:
-        wanted = ratio_of_bytes(kv, nbytes)
+        wanted = ratio_of_bytes(kv, nbytes, bits)
     else:
         assert ratio is not None
         wanted = ratio
     check_ratio(wanted)
     chosen = at(wanted)
-    while nbytes is not None and kv.nbytes_of(chosen.keep) > parse_bytes(nbytes):  # a level may round up
-        wanted -= max(1, round(0.02 * wanted * kv.context_length)) / kv.context_length
-        if wanted <= 0:
-            raise ValueError(f"nbytes={nbytes!r} is too little for level {level.name!r}")
+    # A level may round up; the budget then shrinks by what is too much, at least a token a head.
+    while nbytes is not None and (excess := kv.nbytes_of(chosen.keep, bits) - parse_bytes(nbytes)) > 0:
+        a_token = sum(layer.token_nbytes for layer in kv.context_layers)
+        left = round(wanted * kv.context_length) - max(1, excess // a_token)
+        if left < 1:
+            raise ValueError(f"nbytes={nbytes!r} is too little for level {str(level)!r}")
+        wanted = left / kv.context_length
         chosen = at(wanted)
     return chosen, {"level": str(level), "ratio": float(wanted), "scorer": "head scores" if by_head else by}
+
+
+def choose_above(
+    scores: Tensor, threshold: float, level: str | Level | None, available: Tensor | None, scorer: str
+) -> tuple[Selection, dict[str, str | float]]:
+    """Choose what reaches `threshold`, and a recent window where the level is `window-threshold`.
+
+    Raises:
+        ValueError: another level, or a threshold that is not a finite number.
+    """
+    if level is None:
+        return above(scores, threshold, available), {"threshold": float(threshold), "scorer": scorer}
+    level = get_level(level)
+    if not isinstance(level, WindowThreshold):
+        raise ValueError(
+            f"a threshold says itself how much is kept: it goes with no level, or with {WindowThreshold.name!r}, "
+            f"got {str(level)!r}"
+        )
+    chosen = level.choose_above(scores, threshold, available)
+    return chosen, {"level": str(level), "threshold": float(threshold), "scorer": scorer}

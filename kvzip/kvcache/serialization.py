@@ -50,7 +50,7 @@ def save(kv: KVCache, path: str | os.PathLike[str]) -> None:
         "format": FORMAT,
         "model_id": kv.model_id,
         "kv_type": kv.kv_type,
-        "level": kv.level,
+        "level": str(kv.level),  # a level with settings is written as users write it
         "scorers": list(kv.scorers),
         "pruned_with": kv.pruned_with,
         "layers": layers,

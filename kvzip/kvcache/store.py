@@ -31,6 +31,25 @@ def evicted(store: RaggedKV, stored: Tensor, kept: Tensor) -> RaggedKV:
     return RaggedKV(store.keys[picked], store.values[picked], tuple(kept.sum(1).tolist()))
 
 
+def appended(store: RaggedKV, keys: Tensor, values: Tensor) -> RaggedKV:
+    """Give every head the same number of rows more: keys and values (num_key_value_heads, n, head_dim).
+
+    A quantised store is turned back and quantised again.
+    """
+    more = store.quantized
+    if more is not None:
+        prefix = store.lengths[0]
+        return quantized(appended(turned_back(store), keys, values), prefix, more.bits)
+    joined_keys, joined_values = (
+        torch.cat([part for pair in zip(states.split(store.lengths), rows, strict=True) for part in pair])
+        for states, rows in ((store.keys, keys), (store.values, values))
+    )
+    mask = store.mask
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(len(mask), keys.shape[1])], dim=1)
+    return RaggedKV(joined_keys, joined_values, tuple(length + keys.shape[1] for length in store.lengths), mask)
+
+
 def quantized(store: RaggedKV, prefix_length: int, bits: int) -> RaggedKV:
     """Quantise everything but the first `prefix_length` rows of each head."""
     if bits == FULL:

@@ -39,6 +39,12 @@ def describe(kv: KVCache) -> str:
         + (" (masked, still stored)" if kv.kv_type == "retain" and kv.is_pruned else ""),
     ]
     if kv.is_pruned:
+        if kv.pruned_with:
+            facts = (
+                f"{what} {value:g}" if isinstance(value, float) else f"{what} {value}"
+                for what, value in sorted(kv.pruned_with.items())
+            )
+            lines.append(f"chosen by {', '.join(facts)}")
         fractions = kv.keep_mask.float().mean(-1)
         lines.append("kept per layer and KV head (· none, █ all):")
         for index, row in zip(kv.layer_indices, fractions.tolist(), strict=True):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -12,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvzip import head_scores
 from kvzip.attention import restore as restore_attention
-from kvzip.kvcache import KVCache, check_bits
-from kvzip.model import calibration, generation, loading, passes
+from kvzip.kvcache import Fidelity, KVCache, check_bits
+from kvzip.model import blocks, calibration, fidelity, generation, loading, passes
 from kvzip.model.checks import check_kv, check_kv_type, check_positions, check_scorers, check_vocabulary
 from kvzip.model.probe import make_layers
 from kvzip.model.prompting import INSTRUCTION, Query, as_ids, is_batch, is_messages
@@ -90,7 +92,7 @@ class ModelKVzip(WrappedModel):
 
     def prefill(
         self,
-        context: str | Sequence[int] | Tensor,
+        context: str | Sequence[int] | Tensor | Iterable[str],
         *,
         scorer: str | Scorer | Sequence[str | Scorer] | None = "kvzip",
         kv_type: str | None = None,
@@ -99,11 +101,18 @@ class ModelKVzip(WrappedModel):
         instruction: str = INSTRUCTION,
         prefix_ids: Sequence[int] | None = None,
         query: Query | None = None,
+        budget_tokens: int | None = None,
+        budget_nbytes: int | str | None = None,
+        block: int = blocks.BLOCK,
     ) -> KVCache:
         """Run the context through the model once and score its KV pairs.
 
+        With a budget, or a context that comes in pieces, it is read in blocks: each is scored by itself over what is
+        left of those before, and all that is left is pruned to the budget. What is held is the budget and one block.
+
         Args:
-            context: text, or ids, as a list or LongTensor of shape (n,) or (1, n).
+            context: text; ids, as a list or LongTensor of shape (n,) or (1, n); or texts one after the other, such as
+                an open file, of which no more than a block is held.
             scorer: name or object, or several that ride on one prefill, the first `prune`'s default; None = no scores.
             kv_type: "evict" or "retain"; None = the constructor's.
             load_score: use stored head scores and score nothing, which makes "head" the default level: True = those
@@ -113,9 +122,11 @@ class ModelKVzip(WrappedModel):
             prefix_ids: all ids in front of the context, in place of template and instruction; may be empty.
             query: a question that scorers which watch the prefill shall see, for methods that need one or do better
                 with it; it is not kept. The cache is then made for this question.
+            budget_tokens, budget_nbytes: prune to so many tokens a head on average, or bytes ("1GiB"), while reading.
+            block: tokens of a block.
 
         Returns:
-            The unpruned kv.
+            The kv, unpruned unless there is a budget.
 
         Raises:
             ValueError: empty context, context longer than the model's positions, unknown scorer or kv_type, head scores
@@ -125,10 +136,21 @@ class ModelKVzip(WrappedModel):
         if prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1 token, got {prefill_chunk_size}")
         scorers = check_scorers(None if load_score else scorer)
+        budget = blocks.check_budget(budget_tokens, budget_nbytes, block)
+        in_pieces = blocks.in_pieces(context)
+        if budget or in_pieces:
+            if load_score or query is not None:
+                raise ValueError("a context in blocks takes neither load_score nor query")
+            first = partial(
+                self.prefill, scorer=scorers or None, kv_type=kv_type, prefill_chunk_size=prefill_chunk_size,
+                instruction=instruction, prefix_ids=prefix_ids,
+            )  # fmt: skip
+            pieces: Any = context if in_pieces else [context]
+            return blocks.prefill(self, pieces, first, scorers, budget, block, prefill_chunk_size)
         loaded = calibration.load_head_scores(self, load_score)
         if isinstance(context, str):
             context = self.encode(context) if context.strip() else []
-        context_ids = check_vocabulary(self, as_ids(context, "context"))
+        context_ids = check_vocabulary(self, as_ids(context, "context"))  # type: ignore[arg-type]
         prefix = check_vocabulary(
             self, self.prompting.prefix_ids(instruction) if prefix_ids is None else list(prefix_ids)
         )
@@ -145,6 +167,37 @@ class ModelKVzip(WrappedModel):
         if loaded is not None:
             kv.set_head_scores(loaded.tensor)
         return kv
+
+    def extend(
+        self,
+        kv: KVCache,
+        more: str | Sequence[int] | Tensor | Iterable[str],
+        *,
+        scorer: str | Scorer | Sequence[str | Scorer] | None = None,
+        budget_tokens: int | None = None,
+        budget_nbytes: int | str | None = None,
+        block: int = blocks.BLOCK,
+    ) -> None:
+        """Append to the context of `kv`, pruned or not: what is new is read after it, scored, and competes with it.
+
+        Args:
+            more: as `prefill`'s context.
+            scorer: the methods that scored `kv`, where they had other than their default settings; None = by name.
+            budget_tokens, budget_nbytes, block: as in `prefill`; without a budget nothing is dropped.
+
+        Raises:
+            ValueError: a kv of another model or with kept turns, other scorers than its own, no positions left. What
+                was read before stays in `kv`.
+        """
+        scorers = check_scorers(list(kv.scorers) if scorer is None else scorer)
+        budget = blocks.check_budget(budget_tokens, budget_nbytes, block)
+        check_kv(self, kv)
+        if kv.tail_length:
+            raise ValueError(f"this kv has {kv.tail_length} tokens of kept turns; what extends it comes before those")
+        if {one.name for one in scorers} != set(kv.scorers):
+            raise ValueError(f"this kv was scored by {kv.scorers}; extend it with the same methods")
+        pieces: Any = more if blocks.in_pieces(more) else [more]
+        blocks.extend(self, kv, pieces, scorers, budget, block, PREFILL_CHUNK)
 
     def score(self, kv: KVCache, scorer: str | Scorer | Sequence[str | Scorer] = "kvzip") -> None:
         """Score a kv that was prefilled without, or add the scores of further methods.
@@ -170,6 +223,16 @@ class ModelKVzip(WrappedModel):
             del again
         with kv.unmasked():
             self._score(kv, scorers, notes)
+
+    def fidelity(self, kv: KVCache, *, chunks: int | None = None, seed: int = 0) -> Fidelity:
+        """See `KVCache.fidelity`."""
+        check_kv(self, kv)
+        return fidelity.fidelity(self, kv, chunks=chunks, seed=seed)
+
+    def find_ratio(self, kv: KVCache, **options: Any) -> tuple[float, dict[str, str | float]]:
+        """The ratio that `kv.prune("auto")` uses, and the evidence; see `kvzip.model.fidelity`."""
+        check_kv(self, kv)
+        return fidelity.find_ratio(self, kv, **options)
 
     def _score(self, kv: KVCache, scorers: Sequence[Scorer], notes: Mapping[str, list[Notes]]) -> None:
         seen = passes.scoring_context(self.model, kv, self._seams.modules, self.prompting, self.max_positions)
@@ -263,5 +326,5 @@ class ModelKVzip(WrappedModel):
 
     def _empty_kv(self, kv_type: str, needed: int) -> KVCache:
         kv = KVCache(make_layers(self.model, self._backend, needed), kv_type=kv_type, model_id=self.model_id)
-        kv.kv_bits = self.kv_bits
+        kv.kv_bits, kv.owner = self.kv_bits, weakref.ref(self)
         return kv

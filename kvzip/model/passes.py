@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from kvzip.attention import Focus
+from kvzip.attention import Focus, TailFocus
 from kvzip.kvcache import ContextLayer, KVCache
 from kvzip.model.gradients import gradient_norms
 from kvzip.model.prompting import Prompting
@@ -95,49 +95,49 @@ def scoring_context(
     max_positions: int | None,
 ) -> ScoringContext:
     """Show the unpruned `kv` to scorers: tensors and a replay function, nothing they could change."""
-    ids = kv.input_ids.tolist()
     views = []
     for row, (index, layer) in enumerate(zip(kv.layer_indices, kv.context_layers, strict=True)):
         heads = len(layer.store.lengths)
         keys, values = (states.view(heads, kv.sealed_length, -1) for states in (layer.store.keys, layer.store.values))
         views.append(LayerView(row, index, keys, values, kv.prefix_length))
-    rows = {id(layer): row for row, layer in enumerate(kv.context_layers)}
-
-    def replay(
-        ids: Sequence[int],
-        on_attention: Callable[[AttentionCall], None],
-        *,
-        focus: Focus | None = None,
-        hidden_states: bool = False,
-        chunk_size: int | None = None,
-    ) -> None:
-        size = chunk_size or max(1, len(ids))
-        inputs: dict[nn.Module, ModuleInputs] = {}
-
-        def observer(
-            layer: ContextLayer, module: nn.Module, query: Tensor, lse: Tensor, scaling: float, softcap: float | None
-        ) -> None:
-            keys, values = (states[0, :, -query.shape[2] :] for states in layer.tail.states)
-            hidden = inputs.pop(module).hidden_states if hidden_states else None
-            column_max = partial(layer.backend.column_max, scaling=scaling, softcap=softcap)
-            on_attention(
-                AttentionCall(
-                    rows[id(layer)], module, query[0], keys, values, scaling, softcap, lse[0], column_max, hidden
-                )
-            )
-
-        with kv.scratch(), kv.observe(observer, focus), inputs_of(modules.values() if hidden_states else (), inputs):
-            for start in range(0, len(ids), size):
-                feed(model, kv, ids[start : start + size])
-
     return ScoringContext(
         layers=views,
-        context_ids=ids[kv.prefix_length :],
+        context_ids=kv.input_ids[kv.prefix_length :].tolist(),
         suffix_ids=prompting.suffix_ids,
         encode=prompting.encode,
-        replay=replay,
+        replay=partial(replay, model, kv, modules),
         gradient_norms=partial(gradient_norms, model, kv, modules),
         max_positions=max_positions,
         progress=lambda items: progress(items, "score", kv.context_length),
         model_id=kv.model_id,
     )
+
+
+def replay(
+    model: PreTrainedModel,
+    kv: KVCache,
+    modules: Mapping[int, nn.Module],
+    ids: Sequence[int],
+    on_attention: Callable[[AttentionCall], None],
+    *,
+    focus: Focus | TailFocus | None = None,
+    hidden_states: bool = False,
+    chunk_size: int | None = None,
+) -> None:
+    """Run `ids` after everything in `kv` and forget them; see `scoring.base.Replay`."""
+    size = chunk_size or max(1, len(ids))
+    inputs: dict[nn.Module, ModuleInputs] = {}
+    rows = {id(layer): row for row, layer in enumerate(kv.context_layers)}
+
+    def observer(
+        layer: ContextLayer, module: nn.Module, query: Tensor, lse: Tensor, scaling: float, softcap: float | None
+    ) -> None:
+        keys, values = (states[0, :, -query.shape[2] :] for states in layer.tail.states)
+        hidden = inputs.pop(module).hidden_states if hidden_states else None
+        column_max = partial(layer.backend.column_max, scaling=scaling, softcap=softcap)
+        row = rows[id(layer)]
+        on_attention(AttentionCall(row, module, query[0], keys, values, scaling, softcap, lse[0], column_max, hidden))
+
+    with kv.scratch(), kv.observe(observer, focus), inputs_of(modules.values() if hidden_states else (), inputs):
+        for start in range(0, len(ids), size):
+            feed(model, kv, ids[start : start + size])

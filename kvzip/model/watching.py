@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -52,12 +52,18 @@ class Watch:
 
     @contextmanager
     def over(
-        self, model: PreTrainedModel, kv: KVCache, modules: Mapping[int, nn.Module], length: int
+        self,
+        model: PreTrainedModel,
+        kv: KVCache,
+        modules: Mapping[int, nn.Module],
+        length: int,
+        states: Callable[[ContextLayer], tuple[Tensor, Tensor]] = ContextLayer.all_states,
     ) -> Iterator[None]:
         """Show every attention of the prunable layers inside the block to the scorers.
 
         Args:
             length: tokens of prefix and context.
+            states: layer -> keys and values that the scorers see.
         """
         if not self.scorers:
             yield
@@ -69,12 +75,14 @@ class Watch:
             layer: ContextLayer, module: nn.Module, query: Tensor, lse: Tensor, scaling: float, softcap: float | None
         ) -> None:
             entered = inputs.pop(module)
-            keys, values = layer.all_states()
+            keys, values = states(layer)
+            start = keys.shape[1] - query.shape[2]
             call = PrefillCall(
                 row=rows[id(layer)],
                 module=module,
-                start=keys.shape[1] - query.shape[2],
+                start=start,
                 length=length,
+                offset=layer.get_seq_length() - query.shape[2] - start,
                 query=query[0],
                 keys=keys,
                 values=values,

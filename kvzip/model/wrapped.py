@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvzip.attention import resolve_backend
@@ -62,6 +62,11 @@ class WrappedModel:
     def layer_devices(self) -> list[torch.device]:
         """The device of every layer, for `kv.to(...)`."""
         return self._seams.devices
+
+    @property
+    def modules(self) -> dict[int, nn.Module]:
+        """Attention modules of the prunable layers, by layer index."""
+        return self._seams.modules
 
     @property
     def head_shape(self) -> tuple[int, int]:

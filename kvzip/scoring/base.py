@@ -1,7 +1,7 @@
 """What a scorer sees and what it gives: tensors and a small context object, never a cache."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -78,6 +78,8 @@ class PrefillCall:
         row: index among the prunable layers.
         module: the attention module, for its weights.
         start: position of the first of the call's tokens, prefix included.
+        offset: how much later the tokens stand in the model's positions than `start` says: 0, but for a block that is read
+            after others, which a method sees as a context of its own.
         length: tokens of prefix and context; a call with `start >= length` is of the query given to `prefill`.
         query: (num_heads, q_len, head_dim), after RoPE.
         keys, values: (num_key_value_heads, start + q_len, head_dim): everything so far, the call's own included.
@@ -91,6 +93,7 @@ class PrefillCall:
     row: int
     module: nn.Module
     start: int
+    offset: int
     length: int
     query: Tensor
     keys: Tensor
@@ -128,13 +131,15 @@ class Replay(Protocol):
         *,
         focus: Focus | None = None,
         hidden_states: bool = False,
+        chunk_size: int | None = None,
     ) -> None:
-        """Call `on_attention` once a prunable layer.
+        """Call `on_attention` once a prunable layer, or once a layer and chunk.
 
         Args:
             focus: keys over which `AttentionCall.lse` is formed: stored positions [0, sink) and [start, stop), counted
                 with the prefix, and the replayed ids (causal).
             hidden_states: give each module's input too.
+            chunk_size: ids a forward pass, each of which sees those of the passes before; None = one pass.
         """
 
 
@@ -148,9 +153,13 @@ class ScoringContext:
         suffix_ids: ids of the chat template's end of the user turn and start of the assistant's.
         encode: text -> ids without special tokens; raises ValueError where there is no tokenizer.
         replay: run ids over the context, see `Replay`.
+        gradient_norms: run ids over the context, forward and backward: (num_layers, q_len) float32 on the CPU, the norm
+            of the gradient of Phi by what each prunable layer's attention module adds at each of the ids. Phi is the
+            sum of the squares of the last decoder layer's output. Raises ValueError where the model is not a stack.
         max_positions: the model's positions, None = not limited.
         progress: wrap an iterable of known length in a progress bar.
         notes: what a `PrefillScorer` noted, one entry a row.
+        model_id: fingerprints of the model and its tokenizer, for methods whose weights belong to a model.
     """
 
     layers: Sequence[LayerView]
@@ -158,9 +167,11 @@ class ScoringContext:
     suffix_ids: Sequence[int]
     encode: Callable[[str], list[int]]
     replay: Replay
+    gradient_norms: Callable[[Sequence[int]], Tensor]
     max_positions: int | None
     progress: Callable[[Iterable[T]], Iterable[T]]
     notes: Sequence[Notes] = field(default_factory=list)
+    model_id: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def prefix_length(self) -> int:

@@ -6,6 +6,7 @@ Nothing of size q_len x context_len is held: attention gives that softmax's norm
 of queries and the chunk's keys is reduced to its column maxima.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from kvzip.attention import Focus
 from kvzip.scoring.base import AttentionCall, ScoringContext
+
+logger = logging.getLogger(__name__)
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
 NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with "
@@ -46,6 +49,33 @@ def reconstruction_inputs(context_ids: Sequence[int], chunk_size: int, prompts: 
         request = prompts.first if start == 0 else [*prompts.following, *context_ids[max(0, start - OVERLAP) : start]]
         passes.append(Reconstruction(start, stop, [*request, *prompts.suffix, *context_ids[start:stop]]))
     return passes
+
+
+def repeat_prompts(encode: Callable[[str], list[int]], suffix_ids: Sequence[int]) -> RepeatPrompts:
+    """The paper's two requests, with the chat template's turn change behind them."""
+    return RepeatPrompts(encode(FIRST_PROMPT), encode(NEXT_PROMPT), suffix_ids)
+
+
+def fitting_inputs(
+    context_ids: Sequence[int], chunk_size: int, prompts: RepeatPrompts, room: int | None
+) -> list[Reconstruction]:
+    """As `reconstruction_inputs`, with chunks small enough for `room` positions, None = there is no limit.
+
+    Raises:
+        ValueError: not even one token can be repeated.
+    """
+    if room is not None:
+        frame = max(len(prompts.first), len(prompts.following) + OVERLAP) + len(prompts.suffix)
+        fitting = room - frame
+        if fitting < min(chunk_size, len(context_ids)):
+            if fitting < 1:
+                raise ValueError(
+                    f"no positions left to repeat a context of {len(context_ids)} tokens: the model has {room} behind "
+                    "it; shorten the context or use a scorer without a second pass"
+                )
+            logger.warning("chunks of %d tokens instead of %d: %d positions are left", fitting, chunk_size, room)
+            chunk_size = fitting
+    return reconstruction_inputs(context_ids, chunk_size, prompts)
 
 
 # (call, values of the scored positions (num_key_value_heads, n, d)) -> weights of the rows (num_heads, q_len) and of

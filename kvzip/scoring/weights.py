@@ -1,34 +1,74 @@
-"""Attention weights that a method looks at: exp(logit - lse), never more of them than one KV head's and a few rows'."""
+"""Attention weights that a method looks at: exp(logit - lse), a tile or a window's rows of one KV head at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from kvzip.attention.reference import tile_logits
 from kvzip.scoring.base import LayerView, Notes, PrefillCall, ScoringContext
 
 
 def attention_weights(query: Tensor, keys: Tensor, lse: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """Softmax weights of a group's queries over some of the keys that its normaliser covers, in float32.
+    """Softmax weights of queries over some of the keys that their normaliser covers, in float32.
 
     Args:
-        query: (group, q_len, head_dim).
-        keys: (n, head_dim).
-        lse: (group, q_len), log-sum-exp of all logits of each row.
+        query: (..., q_len, head_dim).
+        keys: (..., n, head_dim), leading dimensions as in `query` or broadcast to them.
+        lse: (..., q_len), log-sum-exp of all logits of each row.
 
     Returns:
-        (group, q_len, n)
+        (..., q_len, n)
     """
-    logits = query.float() @ keys.float().T * scaling
+    logits = query.float() @ keys.float().transpose(-1, -2) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return torch.exp(logits - lse[..., None])
 
 
+def column_sums(
+    query: Tensor, keys: Tensor, lse: Tensor, scaling: float, softcap: float | None, *, offset: int | None = None
+) -> Tensor:
+    """Sum, over the rows, the attention weight that each key gets; no more than a tile of weights is held.
+
+    Args:
+        query: (num_heads, q_len, head_dim).
+        keys: (num_key_value_heads, n, head_dim).
+        lse: (num_heads, q_len), log-sum-exp of all logits of each row.
+        offset: row i sees the keys 0 to offset + i; None = every row sees every key.
+
+    Returns:
+        (num_heads, n) float32
+    """
+    heads, n, _ = keys.shape
+    q_len = query.shape[1]
+    grouped, normalisers = query.unflatten(0, (heads, -1)), lse.unflatten(0, (heads, -1))
+    sums = torch.zeros(*grouped.shape[:2], n, device=query.device)
+    budget = max(1, tile_logits(query.device) // len(query))
+    row_step = min(q_len, math.isqrt(budget))
+    key_step = budget // row_step
+    for r in range(0, q_len, row_step):
+        row = slice(r, r + row_step)
+        seen = n if offset is None else min(n, offset + row.stop)
+        for k in range(0, seen, key_step):
+            key = slice(k, k + key_step)
+            weights = attention_weights(
+                grouped[:, :, row], keys[:, None, key], normalisers[:, :, row], scaling, softcap
+            )
+            if offset is not None:
+                weights.tril_(offset + r - k)
+            sums[..., key] += weights.sum(2)
+    return sums.flatten(0, 1)
+
+
 def watch_window(call: PrefillCall, notes: Notes, size: int) -> None:
-    """Note the last `size` queries of the context with their normalisers; a query given to `prefill` replaces them."""
+    """Note the last `size` queries of the context with their normalisers; a query given to `prefill` replaces them.
+
+    With a size of 0 only such a query is noted.
+    """
     if call.of_query:
         fresh = not notes.get("of_query", False)
         notes["of_query"] = True

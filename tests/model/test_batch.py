@@ -325,9 +325,7 @@ def test_assisted_decoding_of_a_list_is_refused(name):
 @pytest.mark.parametrize("kv_type", ["evict", "retain"])
 def test_the_bundled_model_answers_a_list_as_one_by_one(kv_type):
     model = ModelKVzip()
-    record = data.generate(
-        "facts", 3, split="test", tokens=200, count_tokens=model.tokenizer, num_questions=6
-    )
+    record = data.generate("facts", 3, split="test", tokens=200, count_tokens=model.tokenizer, num_questions=6)
     kv = model.prefill(record.context, scorer="knorm", kv_type=kv_type)
     for ratio in (1.0, 0.5):
         kv.prune(ratio)

@@ -16,7 +16,17 @@ OURS = {info.name for info in list_scorers()}
 TOLERANCE = 2e-5  # of a layer's largest unpinned score, the manifest's suggestion
 
 # Presses that need more than a prefill and a ranking a head, and the file beside this one that has their cases.
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE: dict[str, str] = {
+    "compactor": "test_parity_statistics",
+    "cur": "test_parity_statistics",
+    "lagkv": "test_parity_statistics",
+    "non_causal_attention": "test_parity_statistics",
+    "pyramidkv": "test_parity_attention",
+    "simlayerkv": "test_parity_attention",
+    "finch": "test_parity_attention",
+    "kvcompose": "test_parity_attention",
+    "duo_attention": "test_parity_files",
+}
 
 CASES = [
     (file, variant)

@@ -1,6 +1,5 @@
 """KVzip: query-agnostic importance by context reconstruction (arXiv 2505.23416)."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,18 +7,14 @@ from torch import Tensor
 
 from kvzip.scoring.base import Scorer, ScoringContext
 from kvzip.scoring.reconstruction import (
-    FIRST_PROMPT,
-    NEXT_PROMPT,
-    OVERLAP,
     Reconstruction,
     RepeatPrompts,
     Weighting,
-    reconstruction_inputs,
+    fitting_inputs,
+    repeat_prompts,
     score_reconstructions,
 )
 from kvzip.scoring.registry import register
-
-logger = logging.getLogger(__name__)
 
 
 @register
@@ -61,24 +56,8 @@ class KVzip(Scorer):
         """The inputs, with chunks small enough for the positions that the model has left after the context."""
         if self.inputs is not None:
             return self.inputs
-        prompts = self.prompts or RepeatPrompts(
-            context.encode(FIRST_PROMPT), context.encode(NEXT_PROMPT), context.suffix_ids
-        )
-        size = self.chunk_size
+        prompts = self.prompts or repeat_prompts(context.encode, context.suffix_ids)
+        room = None
         if context.max_positions is not None:
-            frame = max(len(prompts.first), len(prompts.following) + OVERLAP) + len(prompts.suffix)
-            room = context.max_positions - context.prefix_length - context.context_length - frame
-            if room < min(size, context.context_length):
-                if room < 1:
-                    raise ValueError(
-                        f"no positions left to repeat a context of {context.context_length} tokens: the model has "
-                        f"{context.max_positions}; shorten the context or use a scorer without a second pass"
-                    )
-                logger.warning(
-                    "scoring in chunks of %d tokens instead of %d: the model has %d positions",
-                    room,
-                    size,
-                    context.max_positions,
-                )
-                size = room
-        return reconstruction_inputs(context.context_ids, size, prompts)
+            room = context.max_positions - context.prefix_length - context.context_length
+        return fitting_inputs(context.context_ids, self.chunk_size, prompts, room)

@@ -1,0 +1,190 @@
+"""Contexts in blocks: each is read after what is kept of those before it, scored by itself, and joins them.
+
+So a context may be longer than memory: what is held is the budget, one block, and for each token that ever was a score
+and two bits a layer and head. A method sees a block as a short context behind the same prefix; attention is to all
+that is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvzip.attention import Focus, TailFocus
+from kvzip.kvcache import ContextLayer, KVCache, Scores, parse_bytes
+from kvzip.kvcache.store import FULL
+from kvzip.model import passes
+from kvzip.model.checks import check_positions, check_vocabulary
+from kvzip.model.prompting import as_ids
+from kvzip.model.watching import Watch
+from kvzip.scoring import AttentionCall, LayerView, PrefillScorer, Scorer, ScoringContext
+
+if TYPE_CHECKING:
+    from kvzip.model.model import ModelKVzip
+
+BLOCK = 8192  # tokens
+Budget = dict[str, Any]  # one of tokens=, nbytes=, as for `prune`; empty = no limit
+
+
+def in_pieces(context: object) -> bool:
+    """Whether a context is texts one after the other, in a list or any other iterable."""
+    if isinstance(context, Sequence):
+        return not isinstance(context, str) and len(context) > 0 and all(isinstance(piece, str) for piece in context)
+    return isinstance(context, Iterable) and not isinstance(context, Tensor)
+
+
+def check_budget(tokens: int | None, nbytes: int | str | None, block: int) -> Budget:
+    """Return what of tokens and bytes is given.
+
+    Raises:
+        ValueError: both, or neither a number above 0.
+    """
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise ValueError(f"block must be at least 1 token, got {block!r}")
+    if tokens is not None and nbytes is not None:
+        raise ValueError(f"give one budget, not budget_tokens={tokens!r} and budget_nbytes={nbytes!r}")
+    if tokens is not None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(f"budget_tokens must be a whole number above 0, got {tokens!r}")
+        return {"tokens": tokens}
+    return {} if nbytes is None else {"nbytes": parse_bytes(nbytes)}
+
+
+def prefill(
+    model: ModelKVzip,
+    pieces: Iterable[Any],
+    first: Callable[[list[int]], KVCache],
+    scorers: Sequence[Scorer],
+    budget: Budget,
+    block: int,
+    chunk_size: int,
+) -> KVCache:
+    """Read a context block by block, the first of them by `first`.
+
+    Raises:
+        ValueError: an empty context, and what `read` raises.
+    """
+    found = cut(pieces, model.encode, block)
+    ids = next(found, None)
+    if ids is None:
+        raise ValueError("context is empty")
+    kv = first(ids)
+    fit(kv, budget)
+    for ids in found:
+        read(model, kv, ids, scorers, chunk_size)
+        fit(kv, budget)
+    if budget and model.kv_bits != FULL:
+        kv.quantize(model.kv_bits)
+    return kv
+
+
+def extend(
+    model: ModelKVzip,
+    kv: KVCache,
+    pieces: Iterable[Any],
+    scorers: Sequence[Scorer],
+    budget: Budget,
+    block: int,
+    chunk_size: int,
+) -> None:
+    """Append what `pieces` hold to the context, block by block.
+
+    Raises:
+        ValueError: nothing in them, and what `read` raises.
+    """
+    empty = True
+    for ids in cut(pieces, model.encode, block):
+        read(model, kv, ids, scorers, chunk_size)
+        fit(kv, budget)
+        empty = False
+    if empty:
+        raise ValueError("there is nothing to extend the context with")
+
+
+def cut(pieces: Iterable[Any], encode: Callable[[str], list[int]], size: int) -> Iterator[list[int]]:
+    """Yield blocks of `size` ids, the last two of half as many at least, of texts or ids one after the other."""
+    held: list[int] = []
+    for piece in pieces:
+        held += encode(piece) if isinstance(piece, str) else as_ids(piece, "context")
+        while len(held) >= 2 * size:
+            yield held[:size]
+            held = held[size:]
+    if len(held) > size:
+        half = len(held) // 2
+        yield held[:half]
+        held = held[half:]
+    if held:
+        yield held
+
+
+def read(model: ModelKVzip, kv: KVCache, ids: Sequence[int], scorers: Sequence[Scorer], chunk_size: int) -> None:
+    """Read a block after everything in `kv`, score it, and make it a part of the context.
+
+    Raises:
+        ValueError: no positions left, ids outside the vocabulary, or a method that wants a whole context. The kv is
+            unchanged.
+    """
+    ids = check_vocabulary(model, list(ids))
+    check_positions(model, kv.sealed_length + len(ids))
+    scored: dict[str, Scores] = {}
+    with torch.no_grad(), kv.scratch(keep=True):
+        for layer in kv.context_layers:
+            layer.tail.reserve(len(ids))
+        watch = Watch([one for one in scorers if isinstance(one, PrefillScorer)], len(kv.context_layers))
+        states = ContextLayer.recent_states
+        with watch.over(model.model, kv, model.modules, kv.prefix_length + len(ids), states=states):
+            for start in range(0, len(ids), chunk_size):
+                passes.feed(model.model, kv, ids[start : start + chunk_size])
+        context = shown(model, kv, ids)
+        for one in scorers:
+            found = one.score(replace(context, notes=watch.notes.get(one.name, [])))
+            scored[one.name] = Scores(*passes.as_blend(found))
+    kv.absorb(ids, scored)
+
+
+def shown(model: ModelKVzip, kv: KVCache, ids: Sequence[int]) -> ScoringContext:
+    """Show the block in the tail of `kv` to scorers, as a context of its own behind the prefix."""
+    prefix = kv.prefix_length
+    views = []
+    for row, (index, layer) in enumerate(zip(kv.layer_indices, kv.context_layers, strict=True)):
+        views.append(LayerView(row, index, *layer.recent_states(), prefix))
+
+    def replay(
+        ids: Sequence[int],
+        on_attention: Callable[[AttentionCall], None],
+        *,
+        focus: Focus | None = None,
+        **options: Any,
+    ) -> None:
+        inside = None
+        if focus is not None:
+            inside = TailFocus(min(focus.sink, prefix), focus.start - prefix, focus.stop - prefix)
+        passes.replay(model.model, kv, model.modules, ids, on_attention, focus=inside, **options)
+
+    def no_gradients(ids: Sequence[int]) -> Tensor:
+        raise ValueError("a method that needs gradients scores whole contexts, not blocks: leave the budget out")
+
+    gone = kv.sealed_length - prefix
+    return ScoringContext(
+        layers=views,
+        context_ids=list(ids),
+        suffix_ids=model.prompting.suffix_ids,
+        encode=model.prompting.encode,
+        replay=replay,
+        gradient_norms=no_gradients,
+        max_positions=None if model.max_positions is None else model.max_positions - gone,
+        progress=lambda items: passes.progress(items, "score", len(ids)),
+        model_id=kv.model_id,
+    )
+
+
+def fit(kv: KVCache, budget: Budget) -> None:
+    """Prune `kv` to `budget` where it is more, at the bits it has."""
+    if "tokens" in budget and kv.ratio * kv.context_length > budget["tokens"]:
+        kv.prune(tokens=budget["tokens"], bits=kv.bits)
+    elif "nbytes" in budget and kv.nbytes > parse_bytes(budget["nbytes"]):
+        kv.prune(nbytes=budget["nbytes"], bits=kv.bits)

@@ -1,0 +1,196 @@
+"""Contexts in blocks: what is read is what one pass reads, budgets hold, memory is bounded, and what is refused."""
+
+import io
+from functools import cache
+
+import pytest
+import torch
+
+from kvzip import ModelKVzip, data
+from kvzip.model.blocks import cut
+from kvzip.scoring import get_scorer
+from kvzip.scoring.methods.kvzip import KVzip
+from kvzip.scoring.reconstruction import RepeatPrompts
+from tests.tiny import build, ids
+
+PREFIX, CONTEXT, QUERY = ids(4, seed=2), ids(90, seed=1), ids(5, seed=3)
+PROMPTS = RepeatPrompts([5, 6, 7], [8, 9], [10])
+GREEDY = {"max_new_tokens": 6, "eos_token_id": None}
+
+
+@cache
+def model(name="llama"):
+    return ModelKVzip.from_model(build(name), None)
+
+
+@cache
+def bundled():
+    return ModelKVzip()
+
+
+def prefill(name="llama", context=CONTEXT, **options):
+    return model(name).prefill(context, **{"prefix_ids": PREFIX, "scorer": "knorm", **options})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("kv_type", ["evict", "retain"])
+def test_blocks_without_pruning_are_one_prefill(name, kv_type):
+    one = prefill(name, kv_type=kv_type)
+    blocks = prefill(name, kv_type=kv_type, budget_tokens=10_000, block=32)
+    assert torch.equal(blocks.input_ids, one.input_ids)
+    assert (blocks.context_length, blocks.nbytes, blocks.ratio) == (90, one.nbytes, 1.0)
+    torch.testing.assert_close(blocks.scores, one.scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(name)(QUERY, kv=blocks), model(name)(QUERY, kv=one), rtol=1e-4, atol=1e-4)
+
+
+def test_reconstruction_of_a_block_is_that_of_the_whole_where_nothing_is_dropped():
+    """The first block sees what a short context sees; the later ones see it behind the others."""
+    scorer = KVzip(30, prompts=PROMPTS)
+    whole, blocks = prefill(scorer=scorer), prefill(scorer=scorer, budget_tokens=10_000, block=30)
+    short = prefill(context=CONTEXT[:30], scorer=scorer)
+    torch.testing.assert_close(blocks.scores[:, :, :30], short.scores, rtol=1e-4, atol=1e-6)
+    # Positions and the request differ, so scores are near, not equal.
+    assert float((blocks.scores - whole.scores).abs().mean()) < 0.2
+    assert bool(((blocks.scores > 0) & (blocks.scores <= 1)).all())
+
+
+@pytest.mark.parametrize("scorer", ["kvzip", "knorm", "snapkv(window_size=8)", "keydiff", "expected_attention"])
+@pytest.mark.parametrize("level", ["pair", "pair-uniform"])
+def test_a_budget_in_tokens_holds(scorer, level):
+    chosen = KVzip(16, prompts=PROMPTS) if scorer == "kvzip" else get_scorer(scorer)
+    kv = prefill(scorer=chosen, budget_tokens=20, block=32)
+    assert kv.context_length == 90
+    assert int(kv.keep_mask.sum()) == 20 * 4 * 2
+    assert kv.scores.shape == (4, 2, 90)
+    kv.prune(tokens=10, level=level)
+    assert len(model().generate(QUERY, kv, **GREEDY)) == 6
+
+
+@pytest.mark.parametrize("budget", [9_000, "12kB"])
+def test_a_budget_in_bytes_holds(budget):
+    kv = prefill(budget_nbytes=budget, block=25)
+    assert kv.nbytes <= (12_000 if isinstance(budget, str) else budget)
+    assert kv.context_length == 90
+
+
+def test_bits_of_the_model_are_those_of_a_budgeted_kv():
+    own = ModelKVzip.from_model(build("llama"), None)
+    own.kv_bits = 4
+    assert own.prefill(CONTEXT, prefix_ids=PREFIX, scorer="knorm", budget_tokens=30, block=40).bits == 4
+
+
+def test_extending_is_reading_on():
+    once = prefill(budget_tokens=1000, block=45)
+    grown = prefill(context=CONTEXT[:45])
+    grown.extend(CONTEXT[45:])
+    assert torch.equal(grown.input_ids, once.input_ids)
+    assert torch.equal(grown.scores, once.scores)
+    assert torch.equal(model()(QUERY, kv=grown), model()(QUERY, kv=once))
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("kv_type", ["evict", "retain"])
+def test_a_pruned_kv_can_be_extended_and_pruned_again(tmp_path, bits, kv_type):
+    kv = prefill(kv_type=kv_type, context=CONTEXT[:60])
+    kv.prune(0.5, bits=bits)
+    kept = kv.keep_mask.clone()
+    kv.extend(CONTEXT[60:])
+    assert torch.equal(kv.keep_mask[:, :, :60], kept)
+    assert bool(kv.keep_mask[:, :, 60:].all())
+    kv.prune(0.2)
+    assert kv.ratio == pytest.approx(0.2, abs=0.01)
+    assert not bool((kv.keep_mask[:, :, :60] & ~kept).any()) or kv_type == "retain"
+    kv.save(tmp_path / "kv")
+    loaded = model().load_kv(tmp_path / "kv")
+    assert torch.equal(model()(QUERY, kv=loaded), model()(QUERY, kv=kv))
+
+
+def test_text_in_pieces_and_files():
+    record = data.generate("kv", 1, tokens=300, count_tokens=bundled().tokenizer)
+    lines = [f"{line}\n" for line in record.context.split(", ")]
+    whole = bundled().prefill("".join(lines), scorer="knorm")
+    for pieces in (lines, iter(lines), io.StringIO("".join(lines))):
+        kv = bundled().prefill(pieces, scorer="knorm", block=64)
+        assert torch.equal(kv.input_ids, whole.input_ids)
+
+
+def test_blocks_cut_evenly():
+    found = [
+        list(cut([list(range(a)), list(range(b))], lambda text: [], 10)) for a, b in ((3, 4), (8, 3), (25, 7), (9, 21))
+    ]
+    assert [list(map(len, blocks)) for blocks in found] == [[7], [5, 6], [10, 10, 6, 6], [10, 10, 10]]
+    assert [token for block in found[2] for token in block] == [*range(25), *range(7)]
+
+
+def test_answers_from_blocks_are_those_of_one_pass():
+    right = {"one": 0, "blocks": 0}
+    total = 0
+    for seed in range(3):
+        record = data.generate("kv", seed + 50, tokens=400, count_tokens=bundled().tokenizer, num_questions=6)
+        one = bundled().prefill(record.context)
+        one.prune(0.4)
+        blocks = bundled().prefill(record.context, budget_tokens=int(0.4 * one.context_length), block=128)
+        for name, kv in (("one", one), ("blocks", blocks)):
+            answers = bundled().generate(record.questions, kv=kv, max_new_tokens=30)
+            right[name] += sum(map(str.__eq__, answers, (reference[0] for reference in record.answers)))
+        total += len(record.questions)
+    assert right["blocks"] >= right["one"] - 2
+    assert right["blocks"] >= 0.75 * total
+
+
+@pytest.mark.slow
+def test_memory_is_the_budget_and_a_block_whatever_the_length():
+    """100,000 tokens through a small random model: the K and V held after every block."""
+    tiny = build("llama", num_hidden_layers=2, max_position_embeddings=200_000)
+    own = ModelKVzip.from_model(tiny, None)
+    peaks = []
+    for length in (25_000, 100_000):
+        block, budget = 2048, 1024
+        seen = []
+        stream = (ids(2048, seed=number) for number in range(-(-length // 2048)))
+        kv = own.prefill(ids(2048, seed=999), prefix_ids=PREFIX, scorer="knorm", budget_tokens=budget, block=block)
+        for piece in stream:
+            kv.extend(piece, budget_tokens=budget, block=block)
+            seen.append(kv.nbytes)
+        assert kv.context_length >= length
+        a_token = kv.context_layers[0].token_nbytes * 2
+        assert max(seen) <= (budget + 8) * a_token
+        peaks.append(kv.allocated_nbytes - kv.nbytes)
+    # What grows is a score and a bit a pair, and the id: 2 layers of 2 heads here.
+    assert (peaks[1] - peaks[0]) / 75_000 < 2 * 2 * 6 + 16
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"budget_tokens": 0}, "budget_tokens.*0"),
+        ({"budget_tokens": 1.5}, "budget_tokens.*1.5"),
+        ({"budget_nbytes": "much"}, "nbytes.*much"),
+        ({"budget_nbytes": 100, "block": 20}, "nbytes=100"),
+        ({"budget_tokens": 5, "budget_nbytes": 100}, "one budget"),
+        ({"budget_tokens": 5, "block": 0}, "block.*0"),
+        ({"budget_tokens": 5, "query": QUERY}, "query"),
+    ],
+)
+def test_bad_budgets_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        prefill(**options)
+
+
+def test_what_cannot_be_extended():
+    kv = prefill()
+    before = model()(QUERY, kv=kv)
+    with pytest.raises(ValueError, match=r"knorm.*same methods"):
+        kv.extend(CONTEXT, scorer="keydiff")
+    with pytest.raises(ValueError, match="empty"):
+        kv.extend([])
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        kv.extend([1, 2, 10_000])
+    with pytest.raises(ValueError, match="positions"):
+        kv.extend(ids(600))
+    assert torch.equal(model()(QUERY, kv=kv), before)
+    model().generate(QUERY, kv, update_cache=True, **GREEDY)
+    with pytest.raises(ValueError, match="kept turns"):
+        kv.extend(CONTEXT)
+    with pytest.raises(ValueError, match="empty"):
+        model().prefill(iter([]), prefix_ids=PREFIX, scorer="knorm")

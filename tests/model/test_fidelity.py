@@ -1,0 +1,137 @@
+"""Fidelity: what it measures, that it follows the answers, and the ratio that chooses itself."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from kvzip import ModelKVzip, data
+from kvzip.model.fidelity import CHUNK, chosen_passes
+from tests.tiny import build, ids
+
+
+@cache
+def model():
+    return ModelKVzip()
+
+
+@cache
+def record():
+    return data.generate("kv", 3, tokens=400, count_tokens=model().tokenizer, num_questions=8)
+
+
+@cache
+def full():
+    return model().prefill(record().context, scorer=["kvzip", "random"])
+
+
+def test_it_is_what_stock_transformers_says_of_the_same_tokens():
+    """Nothing dropped: prefix, context and repeat prompt in one stock forward pass."""
+    stock = build("llama")
+    kv = full()
+    right = total = 0
+    log_likelihood = 0.0
+    for item in chosen_passes(model(), kv, None, 0):
+        with torch.no_grad():
+            everything = torch.tensor([[*kv.input_ids.tolist(), *item.ids]])
+            logits = model().model(everything, use_cache=False).logits[0].float()
+        wanted = everything[0, len(everything[0]) - (item.stop - item.start) :]
+        predicted = logits[-len(wanted) - 1 : -1]
+        right += int((predicted.argmax(-1) == wanted).sum())
+        log_likelihood += float(predicted.log_softmax(-1).gather(1, wanted[:, None]).sum())
+        total += len(wanted)
+    found = kv.fidelity()
+    assert found.tokens == total == kv.context_length
+    assert found.accuracy == found.full_accuracy == right / total
+    assert found.log_likelihood == pytest.approx(log_likelihood / total, rel=1e-4)
+    assert isinstance(stock, torch.nn.Module)
+
+
+def test_it_falls_where_the_answers_do_and_the_kv_stays_as_it_was():
+    accuracies = []
+    for scorer, ratio in (("kvzip", 1.0), ("kvzip", 0.3), ("random", 0.3)):
+        kv = full().clone()
+        kv.prune(ratio, scorer=scorer)
+        before = [tensor.clone() for layer in kv.context_layers for tensor in (layer.store.keys, layer.store.values)]
+        accuracies.append(kv.fidelity().accuracy)
+        after = [tensor for layer in kv.context_layers for tensor in (layer.store.keys, layer.store.values)]
+        assert all(map(torch.equal, before, after))
+        assert kv.tail_length == 0
+    assert accuracies[0] > 0.9
+    assert accuracies[1] > accuracies[0] - 0.03
+    assert accuracies[2] < 0.6
+
+
+@pytest.mark.parametrize("kv_type", ["evict", "retain"])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_auto_finds_a_ratio_that_keeps_the_answers(kv_type, bits):
+    kv = model().prefill(record().context, kv_type=kv_type)
+    found = kv.prune("auto", tolerance=0.01, bits=bits)
+    assert found.ratio == pytest.approx(kv.ratio)
+    assert found.ratio < 0.6
+    assert kv.bits == bits
+    assert kv.pruned_with["accuracy"] >= kv.pruned_with["full_accuracy"] - 0.01
+    assert kv.fidelity().accuracy == pytest.approx(kv.pruned_with["accuracy"], abs=0.01)
+    assert "tolerance 0.01" in repr(kv)
+    answers = model().generate(record().questions, kv=kv, max_new_tokens=30)
+    exact = model().generate(record().questions, kv=full(), max_new_tokens=30)
+    assert sum(map(str.__eq__, answers, exact)) >= len(exact) - 1
+
+
+def test_a_method_that_forgets_needs_more():
+    good, bad = full().clone(), full().clone()
+    assert good.prune("auto").ratio < bad.prune("auto", scorer="random").ratio
+
+
+def test_the_evidence_is_saved(tmp_path):
+    kv = full().clone()
+    kv.prune("auto", tolerance=0.02)
+    kv.save(tmp_path / "kv")
+    loaded = model().load_kv(tmp_path / "kv")
+    assert loaded.pruned_with == kv.pruned_with
+    assert loaded.fidelity() == kv.fidelity()
+    assert loaded.fidelity().full_accuracy == full().fidelity().accuracy
+
+
+def test_a_sample_of_chunks_is_seeded():
+    kv = full()
+    assert kv.context_length > CHUNK
+    one = kv.fidelity(chunks=1, seed=1)
+    assert one == kv.fidelity(chunks=1, seed=1)
+    assert one.tokens <= CHUNK
+    assert len({kv.fidelity(chunks=1, seed=seed) for seed in range(6)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda kv: kv.prune("auto", tolerance=1.0), "tolerance.*1.0"),
+        (lambda kv: kv.prune("auto", tolerance=-0.1), "tolerance.*-0.1"),
+        (lambda kv: kv.prune("auto", tolerance=float("nan")), "tolerance.*nan"),
+        (lambda kv: kv.prune("most"), "'auto'.*'most'"),
+        (lambda kv: kv.prune("auto", level="pear"), "pair"),
+        (lambda kv: kv.prune("auto", scorer="knorm"), "knorm"),
+        (lambda kv: kv.fidelity(chunks=0), "chunks.*0"),
+    ],
+)
+def test_bad_questions_are_refused_and_the_kv_is_as_it_was(ask, words):
+    kv = full().clone()
+    with pytest.raises(ValueError, match=words):
+        ask(kv)
+    assert kv.ratio == 1.0
+
+
+def test_what_was_evicted_cannot_be_compared():
+    kv = full().clone()
+    kv.prune(0.5)
+    with pytest.raises(ValueError, match=r"whole context.*0\.500"):
+        kv.prune("auto")
+    assert kv.fidelity().full_accuracy is None
+
+
+def test_a_kv_whose_model_is_gone_says_so():
+    own = ModelKVzip.from_model(build("llama"), None)
+    kv = own.prefill(ids(20), scorer="knorm", prefix_ids=[])
+    del own
+    with pytest.raises(ValueError, match="fidelity needs the model"):
+        kv.fidelity()
