@@ -10,7 +10,7 @@ namespace kvzip {
 namespace KVZIP_ISA {
 
 // Split the halves of `rows` rows of `width` channels into bytes.
-inline void unpack4(const uint8_t* from, int64_t rows, int64_t width, uint8_t* to) {
+inline void unpack4(const uint8_t* __restrict from, int64_t rows, int64_t width, uint8_t* __restrict to) {
   const int64_t half = width / 2;
   for (int64_t row = 0; row < rows; ++row, from += half, to += width) {
     for (int64_t j = 0; j < half; ++j) to[j] = from[j] & 15;

@@ -11,13 +11,14 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 // rows, which ldmatrix reads at once, lies in eight different groups of banks.
 template <int kRowBytes>
 struct TileLayout {
+  static_assert(kRowBytes % 16 == 0, "rows are made of chunks of 16 bytes");
   static constexpr int kChunks = kRowBytes / 16;
-  static_assert(kChunks % 8 == 0 || kChunks == 12, "no conflict-free permutation is known for this row");
+  // Rows begin in 8 / kAlign different groups of banks by turns, kAlign being the largest power of two, up to 8, that
+  // divides kChunks; the permutation does the rest, within every kAlign chunks.
+  static constexpr int kAlign = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
 
   static __device__ __forceinline__ int offset(int row, int chunk) {
-    // Rows of 12 chunks begin in the lower and the upper half of the banks by turns; the permutation does the rest.
-    const int permutation = kChunks % 8 == 0 ? row & 7 : (row >> 1) & 3;
-    return (row * kChunks + (chunk ^ permutation)) * 16;
+    return (row * kChunks + (chunk ^ (row / (8 / kAlign) % kAlign))) * 16;
   }
 };
 

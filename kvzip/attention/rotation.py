@@ -29,10 +29,11 @@ class RotaryCall:
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (n, rotary_dim) float32 at `positions` (n,)."""
         arguments = dict(self.arguments.arguments)
-        states = arguments["x"]
-        arguments["x"] = torch.empty(1, len(positions), 1, dtype=torch.float32, device=states.device)
-        arguments["position_ids"] = positions[None].to(states.device)
-        cos, sin = self.module.forward(**arguments)
+        device = arguments["x"].device
+        arguments["x"] = torch.empty(1, len(positions), 1, dtype=torch.float32, device=device)
+        arguments["position_ids"] = positions[None].to(device)
+        with _unchanged(self.module):
+            cos, sin = self.module.forward(**arguments)
         return cos[0], sin[0]
 
 
@@ -52,9 +53,15 @@ class Rotation:
     call: RotaryCall | None = None
 
     def at(self, positions: Tensor) -> Rotation:
-        """The rotation at `positions` (n,), in float32."""
-        if self.call is None:
+        """The rotation at `positions` (n,), in float32.
+
+        Raises:
+            ValueError: it is not known which module made the cosines.
+        """
+        if self.cos is None:
             return self
+        if self.call is None:
+            raise ValueError(f"{type(self.module).__name__} got its rotation from a module that was not seen")
         cos, sin = self.call.at(positions)
         return Rotation(self.module, cos, sin, self.call)
 
@@ -88,6 +95,18 @@ class Rotation:
 
 
 @contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Undo what a call changes in a rotary module: some adapt their frequencies to the longest position seen."""
+    before = dict(vars(module)), {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
+    try:
+        yield
+    finally:
+        vars(module).update({name: value for name, value in before[0].items() if not name.startswith("_")})
+        for name, buffer in before[1].items():
+            setattr(module, name, buffer)
+
+
+@contextmanager
 def recorded_rotations(model: nn.Module) -> Iterator[dict[int, RotaryCall]]:
     """Record calls of the rotary embeddings of `model` in the block: by id of the cosines that they gave.
 
@@ -99,7 +118,9 @@ def recorded_rotations(model: nn.Module) -> Iterator[dict[int, RotaryCall]]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(output, tuple) and len(output) == 2:
             alive[:] = [*alive[-7:], output[0]]
-            calls[id(output[0])] = RotaryCall(module, inspect.signature(module.forward).bind(*args, **kwargs))
+            bound = inspect.signature(module.forward).bind(*args, **kwargs)
+            bound.arguments["x"] = bound.arguments["x"].new_empty(0)  # only its device matters
+            calls[id(output[0])] = RotaryCall(module, bound)
 
     found = [module for module in model.modules() if "position_ids" in inspect.signature(module.forward).parameters]
     rotary = [module for module in found if not list(module.children()) and not list(module.parameters(recurse=False))]

@@ -1,6 +1,6 @@
 """RoPE undone on every architecture: queries and keys before it, and rotations at positions that were never fed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -99,6 +99,23 @@ def test_calls_cover_the_context_and_their_normalisers_are_those_of_the_weights(
         logits = call.query @ keys.transpose(1, 2) * call.scaling
         seen = torch.arange(keys.shape[1]) <= torch.arange(call.start, call.start + call.query.shape[1])[:, None]
         torch.testing.assert_close(logits.masked_fill(~seen, -torch.inf).logsumexp(-1), call.lse, rtol=1e-5, atol=1e-5)
+
+
+def test_looking_ahead_does_not_change_a_module_that_adapts():
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    call = calls_of("llama", rope_parameters=dynamic, max_position_embeddings=64)[0]
+    rotary = call.rotation.call.module
+    before = rotary.inv_freq.clone(), rotary.max_seq_len_cached
+    far = call.rotation.at(torch.arange(500, 510))
+    assert torch.equal(rotary.inv_freq, before[0])
+    assert rotary.max_seq_len_cached == before[1]
+    assert far.cos.shape[0] == 10
+
+
+def test_a_rotation_of_unknown_origin_is_refused_elsewhere():
+    call = calls_of("llama")[0]
+    with pytest.raises(ValueError, match="was not seen"):
+        replace(call.rotation, call=None).at(torch.arange(3))
 
 
 def test_nothing_stays_on_the_model():
