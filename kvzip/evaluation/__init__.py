@@ -1,0 +1,1 @@
+"""Evaluation: ratio sweeps over benchmark data, their results on disk, and reports."""

@@ -1,0 +1,285 @@
+"""The ratio sweep: each context is prefilled once, then pruned by every scorer, level and ratio, and asked."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kvzip.data import Record
+from kvzip.data.registry import resolve
+from kvzip.evaluation import environment
+from kvzip.evaluation.asking import ask_timed
+from kvzip.evaluation.lines import Line
+from kvzip.evaluation.results import ResultsFile
+from kvzip.evaluation.samples import Sample, Source
+from kvzip.evaluation.shards import Shard
+from kvzip.kvcache import KVCache
+from kvzip.kvcache.selection import check_ratio, get_level
+from kvzip.model import ModelKVzip
+from kvzip.model.calibration import load_head_scores
+from kvzip.scoring import get_scorer
+
+HEAD_SCORES = "head_scores"  # in place of a scorer: stored head scores, at level "head"
+
+
+class Cell(NamedTuple):
+    """What a context is asked with."""
+
+    scorer: str
+    level: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is swept. Everything here decides about the numbers, and is checked before anything is computed.
+
+    Attributes:
+        data: comma list of NAME[:TOKENS], see `kvzip.data.registry.resolve`.
+        scorers, levels: by name, perhaps with settings: "snapkv(window_size=32)". No levels: each scorer's own.
+        ratios: fractions kept, in (0, 1].
+        num: contexts of each dataset at most; None = all there are (100 of a generated one).
+        start: index of the first context.
+        seed: of generated data.
+        data_dir: folder of local files of the datasets.
+        head_scores: True, a name or a path: one more curve, of stored head scores.
+        max_new_tokens: of an answer; None = what the dataset says.
+        max_context: leave out contexts of more tokens.
+        batch_size: questions asked at once.
+
+    Raises:
+        ValueError: unknown name, or a number out of range.
+    """
+
+    data: str
+    scorers: tuple[str, ...] = ("kvzip",)
+    levels: tuple[str, ...] = ()
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    num: int | None = 100
+    start: int = 0
+    seed: int = 42
+    data_dir: Path | None = None
+    head_scores: bool | str = False
+    max_new_tokens: int | None = None
+    max_context: int | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("num", "max_new_tokens", "max_context", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.start < 0:
+            raise ValueError(f"start must be 0 or more, got {self.start}")
+        for ratio in self.ratios:
+            check_ratio(ratio)
+        for name in ("scorers", "levels", "ratios"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name} has something twice: {', '.join(map(str, given))}")
+        if not self.ratios or not (self.scorers or self.head_scores):
+            raise ValueError("nothing to do: give at least one scorer and one ratio")
+        for level in self.levels:
+            get_level(level)
+        _ = self.rounds, resolve(self.data)
+
+    @property
+    def curves(self) -> list[tuple[str, str]]:
+        """Pairs of scorer and level."""
+        pairs = [(scorer, level) for scorer in self.scorers for level in self.levels or (get_scorer(scorer).level,)]
+        return pairs + ([(HEAD_SCORES, "head")] if self.head_scores else [])
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All that a context is asked with."""
+        return [Cell(*curve, ratio) for curve in self.curves for ratio in sorted(self.ratios)]
+
+    @cached_property
+    def rounds(self) -> list[dict[str, str]]:
+        """Scorers that ride on one prefill, as they were given -> their names: variants of one go into another round.
+
+        Raises:
+            ValueError: unknown scorer.
+        """
+        rounds: list[dict[str, str]] = [{}]
+        for scorer in self.scorers:
+            name = get_scorer(scorer).name
+            free = next((one for one in rounds if name not in one.values()), None)
+            if free is None:
+                rounds.append(free := {})
+            free[scorer] = name
+        return rounds
+
+    def settings(self, model: ModelKVzip, sources: Sequence[Source]) -> dict[str, Any]:
+        """All that decides about the numbers, to be compared when a run goes on and when results are merged."""
+        return {
+            "model": model.name,
+            **model.model_id,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "data": {source.label: len(source.samples()) for source in sources},
+            "scorers": {name: repr(get_scorer(name)) for name in sorted(self.scorers)},
+            "levels": {name: repr(get_level(name)) for name in sorted(self.levels)},
+            "ratios": sorted(self.ratios),
+            "head_scores": self.head_scores,
+            "num": self.num,
+            "start": self.start,
+            "seed": self.seed,
+            "data_dir": None if self.data_dir is None else str(self.data_dir),
+            "max_new_tokens": self.max_new_tokens,
+            "max_context": self.max_context,
+            "batch_size": self.batch_size,
+        }
+
+    def sources(self, count_tokens: Any = None) -> list[Source]:
+        """The datasets.
+
+        Args:
+            count_tokens: function or tokenizer that measures generated contexts; None estimates.
+        """
+        options = {"seed": self.seed, "data_dir": self.data_dir, "count_tokens": count_tokens}
+        return [Source(name, tokens, self.num, self.start, options) for name, tokens in resolve(self.data)]
+
+
+def run(model: ModelKVzip, sweep: Sweep, folder: Path, shard: Shard | None = None, *, quiet: bool = False) -> int:
+    """Answer what is missing in `folder` of this shard's part of the sweep.
+
+    Args:
+        quiet: no progress bar.
+
+    Returns:
+        Lines written.
+
+    Raises:
+        ValueError: data that cannot be read or used, or a folder with results of other settings.
+        OSError: results that cannot be written.
+    """
+    shard = shard or Shard()
+    sources, cells = sweep.sources(model.tokenizer), sweep.cells
+    heads = load_head_scores(model, sweep.head_scores)
+    about = environment.describe() | {"device": environment.device_name(model.device), "backend": model.backend}
+    samples = [sample for source in sources for sample in source.samples() if shard.takes(sample.position)]
+    left_out: dict[str, list[int]] = {}
+    with ResultsFile(folder, shard, sweep.settings(model, sources), about) as results:
+        before = results.count
+        missing = [[cell for cell in cells if not results.is_complete(*sample.key, cell)] for sample in samples]
+        total, done = len(cells) * len(samples), len(cells) * len(samples) - sum(map(len, missing))
+        with _progress(total, done, shard, quiet) as bar:
+            for sample, todo in zip(samples, missing, strict=True):
+                if not todo:
+                    continue
+                bar.set_description(sample.source.label)
+                try:
+                    record = sample.record()
+                    if sweep.max_context is not None and len(model.encode(record.context)) > sweep.max_context:
+                        left_out.setdefault(sample.source.label, []).append(sample.index)
+                        bar.update(len(todo))
+                        continue
+                    asked = Asked(model, sweep, sample, record, None if heads is None else heads.tensor)
+                    for lines in asked.answers(todo):
+                        results.append(lines)
+                        bar.update(len({(line.scorer, line.level, line.ratio) for line in lines}))
+                except ValueError as error:
+                    raise ValueError(f"{sample}: {error}") from error
+        results.finish(left_out)
+        return results.count - before
+
+
+def _progress(total: int, done: int, shard: Shard, quiet: bool) -> tqdm:
+    seldom = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file gets a line each time
+    where = {"position": shard.local_index} if shard.local_index and sys.stderr.isatty() else {}
+    unit = "run" if shard.count == 1 else f"run of shard {shard.index} of {shard.count}"
+    return tqdm(total=total, initial=done, unit=unit, disable=quiet, mininterval=seldom, dynamic_ncols=True, **where)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A sample and what it is asked with.
+
+    Attributes:
+        head_scores: (num_layers, num_key_value_heads), for cells of `HEAD_SCORES`.
+    """
+
+    model: ModelKVzip
+    sweep: Sweep
+    sample: Sample
+    record: Record
+    head_scores: Tensor | None
+
+    def answers(self, cells: Sequence[Cell]) -> Iterator[list[Line]]:
+        """Prefill the context and ask its questions with each of `cells`; yield their lines as they come.
+
+        A pruned cache is a clone with what is pruned evicted: its bytes are real, and decoding reads no more than them.
+        """
+        full, pruned = [cell for cell in cells if cell.ratio == 1], [cell for cell in cells if cell.ratio < 1]
+        for index, scorers in enumerate(self.sweep.rounds):
+            own = [cell for cell in pruned if cell.scorer in scorers or (index == 0 and cell.scorer == HEAD_SCORES)]
+            if not own and (index > 0 or not full):
+                continue
+            kv, seconds = self._prefill(list(scorers) if any(cell.scorer in scorers for cell in own) else None)
+            if full and index == 0:
+                yield self._lines(full, kv, seconds)
+            for cell in own:
+                clone = kv.clone()
+                clone.prune(cell.ratio, cell.level, scorer=scorers.get(cell.scorer))
+                yield self._lines([cell], clone, seconds)
+
+    def _prefill(self, scorers: list[str] | None) -> tuple[KVCache, float]:
+        """The scored kv, and the seconds that it took."""
+        torch.manual_seed(self.sweep.seed + self.sample.index)
+        start = time.perf_counter()
+        kv = self.model.prefill(self.record.context, scorer=scorers, kv_type="evict")
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        if self.head_scores is not None:
+            kv.set_head_scores(self.head_scores)
+        return kv, seconds
+
+    def _lines(self, cells: Sequence[Cell], kv: KVCache, prefill_seconds: float) -> list[Line]:
+        """Ask everything of `kv`, which serves all of `cells`."""
+        record, lines, size = self.record, [], self.sweep.batch_size
+        options = {} if self.sweep.max_new_tokens is None else {"max_new_tokens": self.sweep.max_new_tokens}
+        for first in range(0, len(record.questions), size):
+            batch = range(first, min(first + size, len(record.questions)))
+            found = ask_timed(self.model, kv, record, batch, **options)
+            seconds = {
+                "prefill": prefill_seconds,
+                "question": found.question_seconds,
+                "per_token": found.seconds_per_token,
+            }
+            for question, text, tokens in zip(batch, found.texts, found.tokens, strict=True):
+                score = self.sample.source.dataset.score(text, record.answers[question])
+                for cell in cells:
+                    line = Line(
+                        dataset=self.sample.source.label,
+                        sample=self.sample.index,
+                        question=question,
+                        num_questions=len(record.questions),
+                        scorer=cell.scorer,
+                        level=cell.level,
+                        ratio=cell.ratio,
+                        compression_ratio=round(1 - cell.ratio, 10),
+                        kept=kv.ratio,
+                        context_tokens=kv.context_length,
+                        kv_bytes=kv.nbytes,
+                        full_kv_bytes=kv.full_nbytes,
+                        score=float(score),
+                        prediction=text,
+                        references=list(record.answers[question]),
+                        prompt=record.questions[question],
+                        answer_prefix=record.prefixes[question],
+                        answer_tokens=tokens,
+                        meta=dict(record.meta),
+                        seconds=seconds,
+                    )
+                    lines.append(line)
+        return lines

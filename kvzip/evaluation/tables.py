@@ -1,0 +1,116 @@
+"""Tables of a report, for the terminal, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from kvzip.evaluation.summary import Point
+from kvzip.kvcache import format_bytes
+
+FORMATS = ("terminal", "markdown", "csv")
+INTERVAL = "Mean score by the fraction of KV pairs kept, with its 95 % confidence interval over contexts."
+_EDGES = 2  # characters
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Scores of one dataset: a row a curve, a column a ratio; and a row of bytes.
+
+    Attributes:
+        rows: the name of a row, and its cells, each of lines that belong together.
+    """
+
+    title: str
+    header: list[str]
+    rows: list[tuple[str, list[list[str]]]]
+
+
+def curve_name(curve: tuple[str, str], points: Sequence[Point]) -> str:
+    """Name a curve by its scorer, and by its level where the points have several of this scorer."""
+    scorer, level = curve
+    return scorer if levels_of(scorer, points) == [level] else f"{scorer}, {level}"
+
+
+def levels_of(scorer: str, points: Sequence[Point]) -> list[str]:
+    """Levels with which a scorer is there."""
+    return list(dict.fromkeys(point.level for point in points if point.scorer == scorer))
+
+
+def tables(points: Sequence[Point]) -> list[Table]:
+    """One table a dataset."""
+    return [_table(name, [point for point in points if point.dataset == name]) for name in _in_order(points)]
+
+
+def _in_order(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(point.dataset for point in points))
+
+
+def _table(name: str, points: list[Point]) -> Table:
+    ratios = sorted({point.ratio for point in points})
+    curves = list(dict.fromkeys(point.curve for point in points))
+    found = {(point.curve, point.ratio): point for point in points}
+
+    def row(curve: tuple[str, str], cell: Callable[[Point], list[str]]) -> list[list[str]]:
+        return [cell(found[curve, ratio]) if (curve, ratio) in found else [""] for ratio in ratios]
+
+    rows = [(curve_name(curve, points), row(curve, _score)) for curve in curves]
+    rows.append(("KV cache", row(curves[0], lambda point: [format_bytes(point.kv_bytes)])))
+    most = max(points, key=lambda point: point.questions)
+    contexts = f"{most.contexts} context{'s' if most.contexts > 1 else ''} of {most.context_tokens:,.0f} tokens"
+    return Table(f"{name}: {most.questions:,} questions about {contexts}", [f"{ratio:g}" for ratio in ratios], rows)
+
+
+def _score(point: Point) -> list[str]:
+    if point.low is None or point.high is None:
+        return [f"{point.score:.3f}"]
+    return [f"{point.score:.3f}", f"{point.low:.2f}-{point.high:.2f}"]
+
+
+def markdown(points: Sequence[Point]) -> str:
+    """Tables in Markdown."""
+    parts = []
+    for table in tables(points):
+        rows = [[name.replace("|", "\\|"), *(" ".join(cell) for cell in cells)] for name, cells in table.rows]
+        lines = [["ratio", *table.header], ["---", *("---:" for _ in table.header)], *rows]
+        parts.append(f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join([*parts, INTERVAL]) + "\n"
+
+
+def comma_separated(points: Sequence[Point]) -> str:
+    """One row a point, with a header; an empty field where there is no value."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(field.name for field in dataclasses.fields(Point))
+    writer.writerows(dataclasses.astuple(point) for point in points)
+    return out.getvalue()
+
+
+def print_terminal(points: Sequence[Point], file: TextIO, *, width: int | None = None) -> None:
+    """Tables for a terminal; where one is too wide, its ratios go on in another. Needs rich (extra `eval`).
+
+    Args:
+        width: characters a line; None = those of the terminal, or 160 where there is none.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    console = Console(file=file, width=width or (None if file.isatty() else 160), highlight=False)
+    for table in tables(points):
+        name_width = max(len(name) for name, _ in table.rows)
+        widest = max(len(line) for _, cells in table.rows for cell in cells for line in cell) + 1
+        fitting = max(1, (console.width - name_width - _EDGES) // (widest + 1))
+        for first in range(0, len(table.header), fitting):
+            part = slice(first, first + fitting)
+            shown = RichTable("ratio", title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+            for ratio in table.header[part]:
+                shown.add_column(ratio, justify="right", min_width=widest, no_wrap=True)
+            for name, cells in table.rows:
+                shown.add_row(escape(name), *(escape("\n".join(cell)) for cell in cells[part]))
+            console.print(shown)
+    console.print(INTERVAL)

@@ -1,0 +1,63 @@
+"""Lines and results folders that are made up, for tests without a model."""
+
+import dataclasses
+
+from kvzip.evaluation.lines import Line
+from kvzip.evaluation.results import ResultsFile
+from kvzip.evaluation.shards import Shard
+
+SETTINGS = {
+    "model": "made-up",
+    "data": {"facts": 2},
+    "scorers": {"kvzip": "KVzip()"},
+    "levels": {"pair": "Pair()"},
+    "ratios": [0.5, 1.0],
+    "head_scores": False,
+    "start": 0,
+    "seed": 42,
+    "max_context": None,
+}
+RUN = {"git": "abc", "kvzip": "1", "torch": "2", "transformers": "5", "device": "cpu", "backend": "cpu"}
+
+
+def line(sample=0, question=0, ratio=0.5, **changes):
+    """A line about the dataset "facts", as a sweep writes it."""
+    made = Line(
+        dataset="facts",
+        sample=sample,
+        question=question,
+        num_questions=2,
+        scorer="kvzip",
+        level="pair",
+        ratio=ratio,
+        compression_ratio=1 - ratio,
+        kept=ratio,
+        context_tokens=100,
+        kv_bytes=int(1000 * ratio),
+        full_kv_bytes=1000,
+        score=1.0,
+        prediction='La "Paz"\n–',
+        references=["La Paz"],
+        prompt="Where?",
+        answer_prefix="",
+        answer_tokens=3,
+        meta={},
+        seconds={"prefill": 0.1, "question": 0.01, "per_token": 0.005},
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def all_lines(samples=(0, 1), **changes):
+    """What `SETTINGS` asks for, of the given samples."""
+    return [
+        line(sample, question, ratio, **changes) for sample in samples for question in (0, 1) for ratio in (0.5, 1.0)
+    ]
+
+
+def write(folder, lines, shard=None, *, finished=True, settings=None, run=None):
+    """Write a shard's results, as a sweep does."""
+    with ResultsFile(folder, shard or Shard(), {**SETTINGS, **(settings or {})}, {**RUN, **(run or {})}) as results:
+        results.append(lines)
+        if finished:
+            results.finish({})
+    return results.path

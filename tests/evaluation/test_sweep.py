@@ -1,0 +1,295 @@
+"""A sweep's lines are the honest answers of pruned caches, each once, however often it is stopped."""
+
+import dataclasses
+import json
+
+import pytest
+
+from kvzip import ModelKVzip, data
+from kvzip.data import registry
+from kvzip.evaluation.lines import read_lines
+from kvzip.evaluation.merge import merge
+from kvzip.evaluation.samples import Source
+from kvzip.evaluation.shards import Shard
+from kvzip.evaluation.sweep import HEAD_SCORES, Sweep, run
+from kvzip.scoring import get_scorer
+
+SMALL = Sweep(
+    data="facts:60,kv:60",
+    scorers=("kvzip", "random"),
+    levels=("pair", "head"),
+    ratios=(0.3, 1.0),
+    num=2,
+    max_new_tokens=6,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ModelKVzip()
+
+
+def lines_in(folder):
+    """All lines, but for what is measured, as text; sorted."""
+    files = sorted(folder.glob("*.jsonl"))
+    return sorted(dataclasses.replace(line, seconds={}).to_json() for file in files for line, _ in read_lines(file))
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """An uninterrupted run of `SMALL`."""
+    folder = tmp_path_factory.mktemp("whole")
+    written = run(model, SMALL, folder, quiet=True)
+    assert written == len(lines_in(folder))
+    return folder
+
+
+def test_every_question_is_there_once_for_every_curve_and_ratio(model, whole):
+    lines = merge([whole]).lines
+    expected = set()
+    for source in SMALL.sources(model.tokenizer):
+        for sample in source.samples():
+            for question in range(len(sample.record().questions)):
+                expected |= {(source.label, sample.index, question, *cell) for cell in SMALL.cells}
+    assert len(SMALL.cells) == 8
+    assert len(lines) == len(expected)
+    assert {line.key for line in lines} == expected
+
+
+def test_lines_say_what_was_asked_answered_and_stored(model, whole):
+    for line in merge([whole]).lines:
+        name, _, tokens = line.dataset.partition(":")
+        options = {"num": 1, "start": line.sample, "tokens": int(tokens), "count_tokens": model.tokenizer}
+        (record,) = data.load(name, **options)
+        assert line.prompt == record.questions[line.question]
+        assert line.references == record.answers[line.question]
+        assert line.score == data.score(name, line.prediction, line.references)
+        assert line.context_tokens == len(model.encode(record.context))
+        assert line.ratio + line.compression_ratio == 1
+        assert line.kept == pytest.approx(line.ratio, abs=0.05)
+        per_token = 2 * 4 * model.config.head_dim  # bytes of a float32 key and value
+        pairs = line.context_tokens * model.config.num_hidden_layers * model.config.num_key_value_heads
+        assert line.full_kv_bytes - line.kv_bytes == per_token * round((1 - line.kept) * pairs)
+        assert set(line.seconds) == {"prefill", "question", "per_token"}
+    assert {line.score for line in merge([whole]).lines} == {0.0, 1.0}
+
+
+def test_predictions_are_those_of_a_pruned_cache(model, whole):
+    (record,) = data.load("facts", num=1, start=1, tokens=60, count_tokens=model.tokenizer)
+    kv = model.prefill(record.context, scorer="random", kv_type="evict")
+    kv.prune(0.3, "head")
+    by_hand = [model.generate(question, kv=kv, max_new_tokens=6) for question in record.questions]
+    found = [
+        line
+        for line in merge([whole]).lines
+        if line.key[:2] == ("facts:60", 1) and line.key[3:] == ("random", "head", 0.3)
+    ]
+    assert [line.prediction for line in found] == by_hand
+    assert {line.kv_bytes for line in found} == {kv.nbytes}
+
+
+def test_the_full_cache_is_asked_once_for_all_curves(model, tmp_path, monkeypatch):
+    asked = []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda *args, kv, **options: asked.append(kv.ratio) or generate(*args, kv=kv, **options)
+    )
+    run(model, dataclasses.replace(SMALL, data="facts:60", num=1), tmp_path, quiet=True)
+    assert asked[0] == 1
+    assert len(asked) == 5
+    lines = [line for line in merge([tmp_path]).lines if line.ratio == 1]
+    of_curve = [[line.prediction for line in lines if line.key[3:5] == curve] for curve in SMALL.curves]
+    assert of_curve == of_curve[:1] * 4
+
+
+def test_scorers_ride_on_one_prefill_a_context(model, tmp_path, monkeypatch):
+    seen = []
+    prefill = model.prefill
+    monkeypatch.setattr(
+        model, "prefill", lambda *args, **options: seen.append(options["scorer"]) or prefill(*args, **options)
+    )
+    sweep = Sweep("facts:60", ("kvzip", "random", "random(seed=3)", "knorm"), ratios=(0.2,), num=2, max_new_tokens=4)
+    run(model, sweep, tmp_path, quiet=True)
+    assert seen == [["kvzip", "random", "knorm"], ["random(seed=3)"]] * 2
+    predicted = {
+        scorer: [line.prediction for line in merge([tmp_path]).lines if line.scorer == scorer]
+        for scorer in sweep.scorers
+    }
+    assert predicted["random"] != predicted["random(seed=3)"]
+
+
+@pytest.mark.parametrize("calls", [0, 1, 7])
+def test_killed_and_started_again_the_lines_are_those_of_one_run(calls, model, whole, tmp_path, monkeypatch):
+    generate, left = model.generate, [calls]
+
+    def killed(*args, **options):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return generate(*args, **options)
+
+    monkeypatch.setattr(model, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, SMALL, tmp_path, quiet=True)
+    monkeypatch.undo()
+    (file,) = tmp_path.glob("*.jsonl")
+    done = len(lines_in(tmp_path))
+    assert (done > 0) == (calls > 0)
+    with file.open("ab") as half:
+        half.write(b'{"dataset": "facts:60", "sample": 0, "ques')
+    assert run(model, SMALL, tmp_path, quiet=True) == len(lines_in(whole)) - done
+    assert lines_in(tmp_path) == lines_in(whole)
+    assert merge([tmp_path]).notes == []
+
+
+def test_a_batch_of_which_a_part_is_missing_is_asked_again_as_it_was(model, whole, tmp_path):
+    run(model, SMALL, tmp_path, quiet=True)
+    (file,) = tmp_path.glob("*.jsonl")
+    text = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(text[: len(text) // 2 + 1]))
+    run(model, SMALL, tmp_path, quiet=True)
+    assert lines_in(tmp_path) == lines_in(whole)
+
+
+def test_a_finished_run_has_nothing_to_do(model, whole, monkeypatch):
+    before = lines_in(whole)
+    monkeypatch.delattr(ModelKVzip, "prefill")
+    assert run(model, SMALL, whole, quiet=True) == 0
+    assert lines_in(whole) == before
+
+
+def test_two_shards_are_the_single_run(model, whole, tmp_path):
+    for index in (1, 0):
+        run(model, SMALL, tmp_path, Shard(index, 2), quiet=True)
+    files = sorted(tmp_path.glob("*.jsonl"))
+    assert len(files) == 2
+    assert {line.sample for line, _ in read_lines(files[1])} == {1}
+    assert lines_in(tmp_path) == lines_in(whole)
+    assert merge([tmp_path]).notes == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("ratios", (0.3,), r"ratios=\[0.3, 1.0\]"),
+        ("scorers", ("kvzip",), "scorers="),
+        ("levels", (), "levels="),
+        ("seed", 1, "seed=42"),
+        ("num", 1, "data="),
+        ("max_new_tokens", None, "max_new_tokens=6"),
+        ("batch_size", 1, "batch_size=16"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused_by_name(name, value, shown, model, whole):
+    with pytest.raises(ValueError, match=f"has results with {shown}"):
+        run(model, dataclasses.replace(SMALL, **{name: value}), whole, quiet=True)
+
+
+def test_batches_do_not_change_answers(model, whole, tmp_path):
+    run(model, dataclasses.replace(SMALL, batch_size=1), tmp_path, quiet=True)
+    assert lines_in(tmp_path) == lines_in(whole)
+
+
+def test_stored_head_scores_are_a_curve(model, tmp_path):
+    sweep = Sweep("facts:60", (), ratios=(0.3, 1.0), num=1, head_scores=True, max_new_tokens=4)
+    run(model, sweep, tmp_path, quiet=True)
+    lines = merge([tmp_path]).lines
+    assert {line.key[3:] for line in lines} == {(HEAD_SCORES, "head", 0.3), (HEAD_SCORES, "head", 1.0)}
+    kv = model.prefill("Some text of a few tokens.", load_score=True)
+    kv.prune(0.3)
+    assert lines[0].kept == pytest.approx(kv.ratio)
+
+
+def test_scorers_have_levels_of_their_own():
+    sweep = Sweep("facts", ("kvzip", "tova", "pyramidkv"))
+    assert sweep.curves == [(name, get_scorer(name).level) for name in sweep.scorers]
+    assert len({level for _, level in sweep.curves}) == 3
+
+
+def test_long_contexts_are_left_out_and_told(model, tmp_path):
+    sweep = Sweep("facts:60,facts:90", ("random",), ratios=(0.5,), num=2, max_context=70)
+    run(model, sweep, tmp_path, quiet=True)
+    results = merge([tmp_path])
+    assert {line.dataset for line in results.lines} == {"facts:60"}
+    assert results.notes == [f"{tmp_path}: 2 contexts of facts:90 have more than 70 tokens and were left out"]
+
+
+def test_an_error_names_the_sample_and_keeps_what_was_computed(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(model), "max_positions", 150)
+    sweep = Sweep("facts:60,facts:300", ("random",), ratios=(0.5,), num=1)
+    with pytest.raises(ValueError, match=r"facts:300, sample 0: .* 150 positions"):
+        run(model, sweep, tmp_path, quiet=True)
+    assert {line.dataset for line in merge([tmp_path]).lines} == {"facts:60"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": "factz"}, "did you mean 'facts'"),
+        ({"scorers": ("kvzop",)}, "did you mean 'kvzip'"),
+        ({"levels": ("pairs",)}, "did you mean 'pair"),
+        ({"ratios": (0.5, 1.5)}, "got 1.5"),
+        ({"ratios": (0.5, 0.5)}, "twice: 0.5, 0.5"),
+        ({"ratios": ()}, "at least one scorer and one ratio"),
+        ({"scorers": ()}, "at least one scorer and one ratio"),
+        ({"scorers": ("random", "random")}, "twice: random"),
+        ({"num": 0}, "num must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"start": -1}, "start must be 0 or more, got -1"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_computed(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sweep(**{"data": "facts", **settings})
+
+
+# -- samples ---------------------------------------------------------------------------------------------------------
+
+
+def dataset_of(monkeypatch, size, *, generated):
+    """Register a dataset of `size` records, which notes the indices that are loaded."""
+    loaded = []
+
+    def load(options):
+        stop = size if options.num is None else min(size, options.start + options.num)
+        for index in range(options.start, stop):
+            loaded.append(index)
+            yield data.Record(f"context {index}", ["q"], [["a"]], 4, "made up")
+
+    made = data.Dataset("madeup", "", load, lambda *_: 0.0, (lambda seed: None) if generated else None)
+    registry.names()
+    monkeypatch.setitem(registry._DATASETS, "madeup", made)
+    return loaded
+
+
+@pytest.mark.parametrize("generated", [True, False])
+@pytest.mark.parametrize(("num", "start", "expected"), [(5, 0, 5), (100, 0, 33), (None, 30, 3), (3, 31, 2)])
+def test_a_dataset_may_have_fewer_samples_than_wanted(num, start, expected, generated, monkeypatch):
+    dataset_of(monkeypatch, 33, generated=generated)
+    samples = Source("madeup", None, num, start, {}).samples()
+    assert [sample.index for sample in samples] == list(range(start, start + expected))
+    assert [sample.record().context for sample in samples] == [f"context {sample.index}" for sample in samples]
+
+
+def test_a_dataset_without_a_sample_is_refused(monkeypatch):
+    dataset_of(monkeypatch, 3, generated=False)
+    with pytest.raises(ValueError, match="'madeup' has no context from index 3 on"):
+        Source("madeup", None, 5, 3, {}).check()
+
+
+def test_generated_samples_of_other_shards_are_not_made(monkeypatch):
+    loaded = dataset_of(monkeypatch, 1000, generated=True)
+    samples = Source("madeup", None, 100, 0, {}).samples()
+    assert loaded == [99]
+    assert [sample.record().context for sample in samples if Shard(0, 50).takes(sample.position)] == [
+        "context 0",
+        "context 50",
+    ]
+    assert loaded == [99, 0, 50]
+
+
+def test_settings_are_beside_the_results(whole):
+    state = json.loads((whole / "shard-000-of-001.json").read_text())
+    assert state["settings"]["data"] == {"facts:60": 2, "kv:60": 2}
+    assert state["settings"]["scorers"]["random"] == "Random(seed=0)"
+    assert {"kvzip", "torch", "transformers", "git", "device", "backend", "started"} <= set(state["runs"][0])

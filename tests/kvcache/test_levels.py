@@ -1,0 +1,554 @@
+"""Levels: each against its definition in plain Python, ties, what is gone, settings, and the kv they prune."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvzip import ModelKVzip
+from kvzip.kvcache import get_level, list_levels, select
+from kvzip.kvcache.levels.adakv import AdaKV
+from kvzip.kvcache.levels.block import Block
+from kvzip.kvcache.levels.chunk import Chunk
+from kvzip.kvcache.levels.chunkkv import ChunkKV
+from kvzip.kvcache.levels.critical import Critical
+from kvzip.kvcache.levels.critical_adakv import CriticalAdaKV
+from kvzip.kvcache.levels.entropy_chunkkv import EntropyChunkKV
+from kvzip.kvcache.levels.per_layer import PerLayer, spread
+from kvzip.kvcache.levels.window_threshold import WindowThreshold
+from tests.tiny import build, ids
+
+RATIO = st.floats(min_value=1e-6, max_value=1.0)
+EPSILON = 1e-8
+
+
+class OutOfReachError(Exception):
+    """More is asked for than is left."""
+
+
+def count(ratio, n):
+    return max(1, min(n, math.floor(ratio * n + 0.5)))
+
+
+def best(values, k, allowed):
+    """Indices of the `k` largest, ties by lower index."""
+    if len(allowed) < k:
+        raise OutOfReachError
+    return sorted(allowed, key=lambda i: (-values[i], i))[:k]
+
+
+class Case:
+    """What a level is asked, as Python lists; `keep` is what an oracle marks."""
+
+    def __init__(self, scores, ratio, left, norms):
+        self.layers, self.heads, self.n = scores.shape
+        self.scores, self.norms, self.ratio = scores.tolist(), norms.tolist(), ratio
+        self.left = [[[i for i in range(self.n) if row[i]] for row in layer] for layer in left.tolist()]
+        self.keep = torch.zeros(scores.shape, dtype=torch.bool)
+        self.top = max(x for layer in self.scores for row in layer for x in row)
+        rows = [row for layer in self.scores for row in layer]
+        self.always = [i for i in range(self.n) if all(row[i] == self.top for row in rows)]
+
+    def each_head(self):
+        return [(layer, head) for layer in range(self.layers) for head in range(self.heads)]
+
+
+def adakv(case, alpha=0.2):
+    k = count(case.ratio, case.n)
+    for layer in range(case.layers):
+        pairs = [(head, i) for head in range(case.heads) for i in case.left[layer][head]]
+        floors = {}
+        for head in range(case.heads):
+            kept = best(case.scores[layer][head], max(1, int(alpha * k)), case.left[layer][head])
+            floors |= {(head, i): True for i in kept}
+        if len(pairs) < case.heads * k:
+            raise OutOfReachError
+        pairs.sort(key=lambda pair: (pair not in floors, -case.scores[layer][pair[0]][pair[1]], pair))
+        for head, i in pairs[: case.heads * k]:
+            case.keep[layer, head, i] = True
+
+
+def critical(case, budgets=None, floor=0, *, epsilon=1e-4, first=0.5, shift=True):
+    for layer, head in case.each_head():
+        scores, norms, left = (part[layer][head] for part in (case.scores, case.norms, case.left))
+        k = count(case.ratio, case.n) if budgets is None else budgets[layer][head]
+        base = min(0, *scores) if shift else 0
+        weighted = [(score - base + epsilon) * norm for score, norm in zip(scores, norms, strict=True)]
+        chosen = best(scores, max(int(k * first), floor), left)
+        rest = [i for i in left if i not in chosen]
+        if len(left) < k:
+            raise OutOfReachError
+        rest.sort(key=lambda i: (scores[i] != case.top, -weighted[i], i))
+        case.keep[layer, head, chosen + rest[: k - len(chosen)]] = True
+
+
+def critical_adakv(case, alpha=0.2):
+    adakv(case, alpha)
+    budgets = case.keep.sum(-1).tolist()
+    case.keep.zero_()
+    critical(case, budgets, max(1, int(alpha * count(case.ratio, case.n))))
+
+
+def per_layer(case, weights):
+    """Handed out one by one: the next token goes where weight / (tokens + 1/2) is largest."""
+    counts = [1] * case.layers
+    while sum(counts) < count(case.ratio, case.layers * case.n):
+        open_layers = [i for i in range(case.layers) if counts[i] < case.n]
+        counts[max(open_layers, key=lambda i: (weights[i] / (counts[i] + 0.5), -i))] += 1
+    for layer, head in case.each_head():
+        case.keep[layer, head, best(case.scores[layer][head], counts[layer], case.left[layer][head])] = True
+
+
+def cut(n, size):
+    return [list(range(start, min(n, start + size))) for start in range(0, n, size)]
+
+
+def means(case, layer, chunks):
+    summed = [sum(case.scores[layer][head][i] for head in range(case.heads)) for i in range(case.n)]
+    return summed, [sum(summed[i] for i in chunk) / len(chunk) for chunk in chunks]
+
+
+def chunkkv(case, size):
+    if case.n < size:
+        return uniform(case)
+    chunks = cut(case.n, size)
+    for layer in range(case.layers):
+        _, scores = means(case, layer, chunks)
+        whole = [j for j, chunk in enumerate(chunks) if all(set(chunk) <= set(left) for left in case.left[layer])]
+        lifted = [(any(i in case.always for i in chunk), score) for chunk, score in zip(chunks, scores, strict=True)]
+        k = count(case.ratio, len(chunks))
+        if len(whole) < k:
+            raise OutOfReachError
+        for j in sorted(whole, key=lambda j: (not lifted[j][0], -lifted[j][1], j))[:k]:
+            case.keep[layer, :, chunks[j]] = True
+
+
+def entropy(scores):
+    if len(scores) == 1:
+        return 0
+    lifted = [score - min(0, *scores) for score in scores]
+    shares = [score / (sum(lifted) + EPSILON) for score in lifted]
+    found = -sum(share * math.log(share + EPSILON) for share in shares) / math.log(len(scores))
+    return round(min(1, max(0, found)), 9)
+
+
+def lower_median(values):
+    return sorted(values)[(len(values) - 1) // 2]
+
+
+def entropy_chunkkv(case, size, few):
+    chunks = cut(case.n, size)
+    for layer in range(case.layers):
+        scores, mean = means(case, layer, chunks)
+        left = [i for i in range(case.n) if all(i in head for head in case.left[layer])]
+        entropies = [entropy([scores[i] for i in chunk]) for chunk in chunks]
+        k = count(case.ratio, case.n)
+        if len(left) < k:
+            raise OutOfReachError
+        pinned = [any(i in case.always and i in left for i in chunk) for chunk in chunks]
+        taken = []
+        for j in sorted(range(len(chunks)), key=lambda j: (not pinned[j], -mean[j], j)):
+            there = [i for i in chunks[j] if i in left]
+            room = min(len(there), k - len(taken))
+            if mean[j] >= lower_median(mean) and entropies[j] < lower_median(entropies):
+                room = min(room, max(few, len([i for i in there if i in case.always])))
+            taken += best(scores, room, there)
+        left.sort(key=lambda i: (i not in case.always, i not in taken, -scores[i], i))
+        case.keep[layer, :, left[:k]] = True
+
+
+def uniform(case):
+    for layer, head in case.each_head():
+        kept = best(case.scores[layer][head], count(case.ratio, case.n), case.left[layer][head])
+        case.keep[layer, head, kept] = True
+
+
+def chunk_by_chunk(case, size):
+    for layer, head in case.each_head():
+        for chunk in cut(case.n, size):
+            left = [i for i in chunk if i in case.left[layer][head]]
+            case.keep[layer, head, best(case.scores[layer][head], count(case.ratio, len(chunk)), left)] = True
+
+
+def window(case, size):
+    pairs = [(layer, head, i) for layer, head in case.each_head() for i in case.left[layer][head]]
+
+    def rank(pair):
+        score = case.scores[pair[0]][pair[1]][pair[2]]
+        return pair[2] < case.n - size and score != case.top, -score, pair
+
+    k = count(case.ratio, case.layers * case.heads * case.n)
+    if len(pairs) < k:
+        raise OutOfReachError
+    for pair in sorted(pairs, key=rank)[:k]:
+        case.keep[pair] = True
+
+
+# Level, its definition, and whether keeping less afterwards is the same as keeping less at once.
+DEFINITIONS = {
+    "adakv": (AdaKV(), adakv, True),
+    "adakv-half": (AdaKV(0.5), lambda case: adakv(case, 0.5), True),
+    "adakv-no-floor": (AdaKV(0), lambda case: adakv(case, 0), True),
+    "critical": (Critical(), critical, True),
+    "critical-upstream": (Critical(shift=False), lambda case: critical(case, shift=False), True),
+    "critical-second-only": (Critical(first_stage_ratio=0), lambda case: critical(case, first=0), True),
+    "critical-adakv": (CriticalAdaKV(), critical_adakv, False),
+    "critical-adakv-half": (CriticalAdaKV(alpha=0.5), lambda case: critical_adakv(case, 0.5), False),
+    "per-layer": (PerLayer((5, 1, 2)), lambda case: per_layer(case, (5, 1, 2)), True),
+    "chunkkv": (ChunkKV(3), lambda case: chunkkv(case, 3), True),
+    "chunkkv-1": (ChunkKV(1), lambda case: chunkkv(case, 1), True),
+    "entropy-chunkkv": (EntropyChunkKV(4, 2), lambda case: entropy_chunkkv(case, 4, 2), False),
+    "chunk": (Chunk(4), lambda case: chunk_by_chunk(case, 4), True),
+    "block": (Block(2), uniform, True),
+    "window-threshold": (WindowThreshold(2), lambda case: window(case, 2), True),
+    "window-threshold-0": (WindowThreshold(0), lambda case: window(case, 0), True),
+}
+each = pytest.mark.parametrize("name", DEFINITIONS)
+
+
+@st.composite
+def problems(draw, layers=None):
+    """(scores, norms, ratio): 1 to 13 positions; many ties or none, sometimes positions that are always kept."""
+    shape = (layers or draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from((1, 2, 5, 8, 13))))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    if draw(st.booleans()):
+        scores = torch.randint(-2, 3, shape, generator=generator).float()
+    else:
+        scores = torch.randn(shape, generator=generator) + draw(st.sampled_from((0, 4)))
+    pinned = draw(st.integers(0, 2))
+    if pinned:
+        scores[..., :1] = scores[..., -pinned:] = scores.max() + 1
+    return scores, torch.rand(shape, generator=generator), draw(RATIO)
+
+
+def expected(name, scores, norms, ratio, left=None):
+    """What the definition keeps, or None where it asks for more than is left."""
+    case = Case(scores, ratio, torch.ones_like(scores) if left is None else left, norms)
+    try:
+        DEFINITIONS[name][1](case)
+    except OutOfReachError:
+        return None
+    return case.keep
+
+
+def chosen(name, scores, norms, ratio, left=None):
+    return select(
+        scores, ratio, DEFINITIONS[name][0], available=left, scores_of={"output_norm": norms}.__getitem__
+    ).keep
+
+
+def problem_for(name):
+    return problems(layers=3 if name == "per-layer" else None)
+
+
+@each
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_a_level_keeps_what_its_definition_keeps(name, data):
+    scores, norms, ratio = data.draw(problem_for(name))
+    before = scores.clone(), norms.clone()
+    keep = chosen(name, scores, norms, ratio)
+    assert keep.dtype == torch.bool
+    assert torch.equal(keep, expected(name, scores, norms, ratio))
+    assert torch.equal(scores, before[0])
+    assert torch.equal(norms, before[1])
+
+
+@each
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_only_what_is_left_is_kept_and_too_much_is_refused(name, data):
+    scores, norms, ratio = data.draw(problem_for(name))
+    share, seed = data.draw(st.sampled_from((0.5, 0.9))), data.draw(st.integers(0, 1000))
+    left = torch.rand(scores.shape, generator=torch.Generator().manual_seed(seed)) < share
+    wanted = expected(name, scores, norms, ratio, left)
+    if wanted is None:
+        with pytest.raises(ValueError, match="left in this evicted cache"):
+            chosen(name, scores, norms, ratio, left)
+    else:
+        keep = chosen(name, scores, norms, ratio, left)
+        assert not (keep & ~left).any()
+        assert torch.equal(keep, wanted)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, nested) in DEFINITIONS.items() if nested])
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_pruning_twice_is_pruning_once(name, data):
+    scores, norms, a = data.draw(problem_for(name))
+    small, large = sorted((a, data.draw(RATIO)))
+    left = chosen(name, scores, norms, large)
+    at_once = chosen(name, scores, norms, small)
+    assert not (at_once & ~left).any()
+    assert torch.equal(chosen(name, scores, norms, small, left), at_once)
+
+
+@each
+def test_ratio_one_keeps_everything(name):
+    for length in (1, 5, 37):
+        scores = torch.randn(3, 2, length, generator=torch.Generator().manual_seed(length))
+        assert chosen(name, scores, torch.rand(3, 2, length), 1.0).all()
+
+
+@each
+def test_what_is_always_kept_goes_first(name):
+    """A first token and two last ones, at budgets that reach for them, whatever else a level prefers."""
+    scores = torch.rand(3, 2, 40, generator=torch.Generator().manual_seed(1))
+    scores[..., [0, 38, 39]] = scores.max() + 1
+    norms = torch.rand(scores.shape, generator=torch.Generator().manual_seed(2))
+    norms[..., [0, 38, 39]] = 1e-6
+    for ratio in (0.5,) if name == "chunk" else (0.25, 0.5):  # two of the last four tokens are half of a chunk
+        assert chosen(name, scores, norms, ratio)[..., [0, 38, 39]].all()
+
+
+@pytest.mark.parametrize(("ratio", "counts"), [(0.4, [20, 12]), (0.2, [10, 6]), (0.9, [40, 32]), (0.01, [1, 1])])
+def test_per_layer_rescales_its_ratios(ratio, counts):
+    """(0.5, 0.3) of 40 tokens are 20 and 12; half of that; what exceeds a layer goes to the other."""
+    keep = select(torch.rand(2, 3, 40), ratio, PerLayer((0.5, 0.3))).keep
+    assert keep.sum(-1).tolist() == [[count] * 3 for count in counts]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=6), st.integers(1, 50), st.data())
+def test_spread_is_exact_and_never_takes_away(weights, most, data):
+    total = data.draw(st.integers(len(weights), len(weights) * most))
+    counts = spread(weights, total, most)
+    assert sum(counts) == total
+    assert all(1 <= count <= most for count in counts)
+    if total < len(weights) * most:
+        assert all(a <= b for a, b in zip(counts, spread(weights, total + 1, most), strict=True))
+    uneven = [(weight, count) for weight, count in zip(weights, counts, strict=True) if 1 < count < most]
+    scale = sum(count for _, count in uneven) / max(sum(weight for weight, _ in uneven), 1e-9)
+    assert all(abs(scale * weight - count) <= 1 + 1e-6 for weight, count in uneven)
+
+
+def test_critical_prefers_large_values_for_negative_scores_too():
+    """Two keys of equal knorm score: the larger value stays. Upstream's weighting drops it."""
+    scores = torch.tensor([[[-1.0, -3.0, -3.0, -9.0]]])
+    norms = torch.tensor([[[1.0, 1.0, 5.0, 9.0]]])
+
+    def kept(**settings):
+        level = Critical(**settings)
+        keep = select(scores, 0.5, level, scores_of={"output_norm": norms}.__getitem__).keep
+        return keep.flatten().nonzero().flatten().tolist()
+
+    assert kept() == [0, 2]
+    assert kept(shift=False) == [0, 1]
+
+
+@pytest.mark.parametrize("level", ["critical", "critical-adakv"])
+def test_critical_says_which_scores_it_lacks(level):
+    with pytest.raises(ValueError, match="'output_norm'"):
+        select(torch.rand(1, 1, 4), 0.5, level)
+    kv = prefill("random")
+    with pytest.raises(ValueError, match=r"not scored by 'output_norm'.*'random'"):
+        kv.prune(0.5, level)
+    assert kv.ratio == 1
+
+
+def test_entropy_cuts_a_spiky_chunk_and_spends_what_that_saves():
+    """Chunks of 4: one with a single high score, one even and good, one even and poor."""
+    scores = torch.tensor([9.0, 0, 0, 0, 2, 2, 2, 2, 1, 1, 1, 1.5])[None, None]
+    keep = select(scores, 6 / 12, EntropyChunkKV(4, 1)).keep
+    assert keep.flatten().nonzero().flatten().tolist() == [0, 4, 5, 6, 7, 11]
+    whole = select(scores, 2 / 3, ChunkKV(4)).keep
+    assert whole.flatten().nonzero().flatten().tolist() == list(range(8))
+
+
+def test_block_streams_scores_that_change_with_the_company():
+    """Distance to the nearest neighbour that is there: what is alone stays, and each block meets what was kept."""
+    points, seen = torch.tensor([0.0, 1, 10, 11, 30, 31, 50, 5]), []
+
+    def rescore(there):
+        seen.append(there[0, 0].nonzero().flatten().tolist())
+        gaps = (points[:, None] - points).abs().masked_fill(~there[0, 0], torch.inf).fill_diagonal_(torch.inf)
+        return gaps.amin(-1).expand(there.shape)
+
+    keep = select(torch.zeros(1, 1, 8), 3 / 8, Block(2, rescore)).keep
+    now = [0, 1, 2]
+    for block, there in zip(([3, 4], [5, 6], [7]), seen, strict=True):
+        assert there == now + block
+        gaps = {i: min(abs(float(points[i] - points[j])) for j in there if j != i) for i in there}
+        now = sorted(sorted(there, key=lambda i: (-gaps[i], i))[:3])
+    assert keep.flatten().nonzero().flatten().tolist() == now
+
+
+@pytest.mark.parametrize("result", [torch.zeros(1, 1, 7), torch.full((1, 1, 8), torch.nan)])
+def test_block_refuses_scores_it_cannot_use(result):
+    with pytest.raises(ValueError, match="finite scores of shape"):
+        select(torch.zeros(1, 1, 8), 0.5, Block(2, lambda there: result))
+
+
+def test_block_streams_only_what_is_left():
+    left = torch.tensor([True, False, True, True, False, True, True, True])[None, None]
+    seen = []
+
+    def rescore(there):
+        seen.append(there.clone())
+        return torch.arange(8.0).expand(there.shape)
+
+    keep = select(torch.zeros(1, 1, 8), 0.25, Block(2, rescore), available=left).keep
+    assert keep.flatten().nonzero().flatten().tolist() == [6, 7]
+    assert all(not (there & ~left).any() for there in seen)
+    with pytest.raises(ValueError, match="only 6 are left"):
+        select(torch.zeros(1, 1, 8), 1.0, Block(2, rescore), available=left)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: AdaKV(1.5), "alpha.*1.5"),
+        (lambda: CriticalAdaKV(alpha=-0.1), "alpha.*-0.1"),
+        (lambda: Critical(epsilon=-1), "epsilon.*-1"),
+        (lambda: Critical(epsilon=math.nan), "epsilon.*nan"),
+        (lambda: Critical(first_stage_ratio=2), "first_stage_ratio.*2"),
+        (lambda: PerLayer(), r"one for each prunable layer, got \(\)"),
+        (lambda: PerLayer((0.5, 0)), r"above 0.*\(0.5, 0\)"),
+        (lambda: PerLayer((0.5, math.inf)), "inf"),
+        (lambda: PerLayer("0.5"), "'0.5'"),
+        (lambda: PerLayer(0.5), "got 0.5"),
+        (lambda: ChunkKV(0), "chunk_length.*0"),
+        (lambda: Chunk(-1), "chunk_length.*-1"),
+        (lambda: EntropyChunkKV(1, 1), "chunk_length.*1"),
+        (lambda: EntropyChunkKV(4, 4), "low_entropy_chunk_length.*from 1 to 3.*4"),
+        (lambda: EntropyChunkKV(4, 0), "low_entropy_chunk_length.*0"),
+        (lambda: Block(0), "block_size.*0"),
+        (lambda: Block(2, "knorm"), "rescore.*'knorm'"),
+        (lambda: WindowThreshold(-1), "window.*-1"),
+    ],
+)
+def test_bad_settings_are_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_per_layer_names_both_numbers_of_layers():
+    with pytest.raises(ValueError, match=r"ratios of 3 layers, this kv has 4"):
+        select(torch.rand(4, 1, 5), 0.5, PerLayer([1, 2, 3]))
+
+
+WRITTEN = [
+    "adakv(alpha=0.5)",
+    "critical(first_stage_ratio=0.25)",
+    "critical-adakv(shift=False, alpha=0.5)",
+    "per-layer(ratios=(4, 3, 2, 1))",
+    "chunkkv(chunk_length=7)",
+    "entropy-chunkkv(chunk_length=5, low_entropy_chunk_length=2)",
+    "chunk(chunk_length=9)",
+    "block(block_size=3)",
+    "window-threshold(window=6)",
+]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_a_level_is_written_as_it_is_read(text):
+    assert text.partition("(")[0] in list_levels()
+    assert str(get_level(text)) == text
+    assert get_level(str(get_level(text))) == get_level(text)
+
+
+# -- on a kv ---------------------------------------------------------------------------------------------------------
+
+QUERY = ids(5, seed=3)
+
+
+@cache
+def model_of(name="llama"):
+    return ModelKVzip.from_model(build(name), None)
+
+
+def prefill(*scorers, name="llama", **options):
+    return model_of(name).prefill(
+        ids(60, seed=1), **{"prefix_ids": ids(4, seed=2), "scorer": scorers or ("random", "output_norm"), **options}
+    )
+
+
+def levels_of(name):
+    layers = 2 if name == "gemma3_text" else 4
+    objects = [level for level, *_ in DEFINITIONS.values() if not isinstance(level, PerLayer)]
+    return [*objects, PerLayer(tuple(range(1, layers + 1)))]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_evicted_masked_and_loaded_kvs_are_the_same(name, tmp_path):
+    model = model_of(name)
+    evict, retain = (prefill(name=name, kv_type=kv_type) for kv_type in ("evict", "retain"))
+    for level in levels_of(name):
+        kv = evict.clone()
+        assert kv.prune(0.3, level) == retain.prune(0.3, level)
+        assert torch.equal(kv.keep_mask, retain.keep_mask)
+        logits = model(QUERY, kv)
+        assert float((logits - model(QUERY, retain)).norm() / logits.norm()) <= 1e-5
+        assert f"chosen by level {level}, ratio 0.3, scorer random" in repr(kv)
+        kv.save(tmp_path / "kv")
+        loaded = model.load_kv(tmp_path / "kv")
+        assert loaded.pruned_with == kv.pruned_with
+        assert repr(loaded) == repr(kv)
+        assert torch.equal(loaded.keep_mask, kv.keep_mask)
+        assert torch.equal(model(QUERY, loaded), logits)
+
+
+@pytest.mark.parametrize("level", levels_of("llama"), ids=str)
+def test_asking_an_evicted_cache_for_more_changes_nothing(level):
+    kv = prefill()
+    kv.prune(0.3, level)
+    before, logits, text = kv.keep_mask, model_of()(QUERY, kv), repr(kv)
+    with pytest.raises(ValueError, match="left in this evicted cache"):
+        kv.prune(0.9, level)
+    assert torch.equal(kv.keep_mask, before)
+    assert repr(kv) == text
+    assert torch.equal(model_of()(QUERY, kv), logits)
+    kv.prune(0.1, level)
+    assert kv.keep_mask.any()
+    assert not (kv.keep_mask & ~before).any()
+
+
+@pytest.mark.parametrize("level", ["per-layer(ratios=(4, 3, 2, 1))", PerLayer((4, 3, 2, 1)), "adakv(alpha=0.3)"])
+def test_a_level_may_be_a_kvs_default(level, tmp_path):
+    kv, told = prefill(), prefill()
+    kv.level = level
+    kv.prune(0.4)
+    told.prune(0.4, level)
+    assert torch.equal(kv.keep_mask, told.keep_mask)
+    kv.save(tmp_path / "kv")
+    loaded = model_of().load_kv(tmp_path / "kv")
+    assert loaded.level == str(level)
+    loaded.prune(0.2)
+    told.prune(0.2, level)
+    assert torch.equal(loaded.keep_mask, told.keep_mask)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_output_norm_is_the_sum_of_absolute_outputs(name, chunk):
+    """Against a loop over query heads in float64; one group's mean."""
+    kv, hf_model = prefill("output_norm", name=name, prefill_chunk_size=chunk), model_of(name).model
+    scores = kv.scores
+    assert scores.dtype == torch.float32
+    for row, (index, layer) in enumerate(zip(kv.layer_indices, kv.context_layers, strict=True)):
+        if name == "gpt2":
+            weight = hf_model.transformer.h[index].attn.c_proj.weight.detach().T
+        else:
+            weight = hf_model.model.layers[index].self_attn.o_proj.weight.detach()
+        heads, dim = len(layer.store.lengths), layer.store.values.shape[-1]
+        values = layer.store.values.view(heads, -1, dim)[:, kv.prefix_length :].double()
+        group = weight.shape[1] // dim // heads
+        for head in range(heads):
+            found = [
+                (values[head] @ weight[:, (head * group + g) * dim :][:, :dim].double().T).abs().sum(-1)
+                for g in range(group)
+            ]
+            error = (sum(found) / group - scores[row, head]).abs().max()
+            assert float(error) <= 1e-5 * float(scores.max())
+
+
+def test_output_norm_in_bfloat16_and_without_a_second_prefill():
+    model = ModelKVzip.from_model(build("llama").to(torch.bfloat16), None)
+    kv = model.prefill(ids(20), scorer="output_norm")
+    assert kv.scores.dtype == torch.float32
+    later = model.prefill(ids(20), scorer=None)
+    model.score(later, "output_norm")
+    assert torch.equal(later.scores, kv.scores)
