@@ -116,12 +116,12 @@ def fit(
         seconds: training ends by then, with its learning rate at 0.
     """
     heads, size = wanted.shape[1], hidden.shape[1]
+    scale = hidden.float().square().mean(0).sqrt().clamp_min(1e-6)
     if kind == "linear":
-        return _least_squares(hidden, wanted)
+        return _least_squares(hidden, wanted, scale)
     torch.manual_seed(seed)
     gate = MLPGate(size, heads, width) if kind == "mlp" else LowRankGate(size, heads, groups)
     gate.to(hidden.device)
-    scale = hidden.float().square().mean(0).sqrt().clamp_min(1e-6)
     if kind == "mlp":
         gate.get_parameter("2.bias").data.copy_(wanted.mean(0))
     optimizer = torch.optim.AdamW(gate.parameters(), lr=RATE, weight_decay=0.01)
@@ -141,14 +141,15 @@ def fit(
     return gate.requires_grad_(False)
 
 
-def _least_squares(hidden: Tensor, wanted: Tensor) -> LinearGate:
-    rows = F.pad(hidden.double(), (0, 1), value=1.0)
+def _least_squares(hidden: Tensor, wanted: Tensor, scale: Tensor) -> LinearGate:
+    """With a little weight decay, alike for features of any size."""
+    rows = F.pad(hidden.double() / scale, (0, 1), value=1.0)
     square = rows.T @ rows
-    square.diagonal().add_(1e-4 * square.diagonal().mean())
+    square.diagonal().add_(1e-4 * len(rows))
     solved = torch.linalg.solve(square, rows.T @ wanted.double()).float()
-    gate = LinearGate(hidden.shape[1], wanted.shape[1])
-    gate.load_state_dict({"weight": solved[:-1].T, "bias": solved[-1]})
-    return gate.to(hidden.device).requires_grad_(False)
+    gate = LinearGate(hidden.shape[1], wanted.shape[1]).to(hidden.device)
+    gate.load_state_dict({"weight": solved[:-1].T / scale, "bias": solved[-1]})
+    return gate.requires_grad_(False)
 
 
 def ranks(values: Tensor) -> Tensor:

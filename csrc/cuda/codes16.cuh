@@ -30,7 +30,8 @@ constexpr int code_warps(int stage_bytes, bool has_few_rows) {
 }
 
 template <int kHeadDimension, int kBlocks, int kBits>
-struct Codes16 {
+struct Codes16 : Outputs16<kHeadDimension, kBlocks> {
+  using Outputs = Outputs16<kHeadDimension, kBlocks>;
   using Element = Float16;  // or BFloat16: of the query, 16 bits
   using Stage = CodeStage<kHeadDimension, kBits>;
   using Layout = TileLayout<Stage::kRowBytes>;
@@ -44,13 +45,13 @@ struct Codes16 {
   static constexpr int kParts = 8 / kBits;                  // codes of a byte
   static constexpr int kPartBlocks = kHeadDim / 16 / kParts;  // blocks of 16 channels that one part of the bytes has
   static constexpr float kMiddle = 1 << (kBits - 1);
-  // Weights are about as large as probabilities if values are about as large as 1, and never exceed float16.
+  // Weights times this are about as large as probabilities if values are about as large as 1, and never exceed float16;
+  // the outputs are times this, too.
   static constexpr float kWeightFactor = 1 << (kBits - 2);
 
   static constexpr uint32_t kSigns = 0x80008000u;
 
-  float output[kBlocks][kHeadDim / 16][4];  // times kWeightFactor
-  float shift[kBlocks][2];                  // of all channels of this lane's rows, from this lane's keys
+  float shift[kBlocks][2];  // of all channels of this lane's rows, from this lane's keys
 
   static __device__ __forceinline__ void store_query(uint32_t query, int row, int chunk, uint4 bits, DType dtype,
                                                      float factor) {
@@ -179,12 +180,39 @@ struct Codes16 {
           const uint32_t a[4] = {values_of<false>(codes[2 * g], part), values_of<true>(codes[2 * g], part),
                                  values_of<false>(codes[2 * g + 1], part), values_of<true>(codes[2 * g + 1], part)};
 #pragma unroll
-          for (int n = 0; n < kBlocks; ++n) mma<Float16>(output[n][part * kPartBlocks + chunk], a, b[g][n][0], b[g][n][1]);
+          for (int n = 0; n < kBlocks; ++n) mma<Float16>(this->output[n][part * kPartBlocks + chunk], a, b[g][n][0], b[g][n][1]);
         }
       }
     }
   }
 
   __device__ __forceinline__ void clear() {
-    each([](float& x) { x = 0.0f; });
+    Outputs::clear();
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) shift[n][0] = shift[n][1] = 0.0f;
   }
+
+  __device__ __forceinline__ void scale(int n, const float (&factor)[2]) {
+    Outputs::scale(n, factor);
+    shift[n][0] *= factor[0], shift[n][1] *= factor[1];
+  }
+
+  // Stores or adds the outputs to (rows, stride) floats.
+  __device__ __forceinline__ void put(float* to, int stride, int lane, bool add) const {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      const float shifts[2] = {sum_over_keys(shift[n][0]), sum_over_keys(shift[n][1])};
+#pragma unroll
+      for (int m = 0; m < kHeadDim / 16; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float* at = to + (n * 8 + 2 * (lane % 4) + e % 2) * stride + m * 16 + 2 * (lane / 4) + e / 2;
+          const float all = this->output[n][m][e] * (1 / kWeightFactor) + shifts[e % 2];
+          *at = add ? *at + all : all;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace kvzip

@@ -1,12 +1,14 @@
-// From a dtype, a head_dim and a number of rows known at run time to the types of the kernels.
+// From what is known at run time to the types of the kernels, and the plan that follows from them.
 #pragma once
 
 #include <stdexcept>
 #include <type_traits>
 
 #include "column_max.cuh"
+#include "launch.h"
 #include "merge.cuh"
 #include "plan.h"
+#include "quantized.cuh"
 
 namespace kvzip {
 
@@ -22,18 +24,13 @@ void with_head_dim(int head_dim, F&& f) {
   }
 }
 
-// The rows of a block for this call; below 32 blocks of rows are as small as they can be.
-inline int rows_of(const AttendParams& p, DType dtype, int head_dim) {
-  const int64_t rows = static_cast<int64_t>(p.keys == nullptr ? 1 : p.batch) * p.groups * p.q_len;
-  return rows_of_block(rows > 32 ? 32 : static_cast<int>(rows), head_dim, dtype == DType::kFloat32);
-}
-
-// Calls f with the type of the attention's arithmetic, Type<Math>.
+// Hands a type to a function.
 template <class T>
 struct Type {
   using type = T;
 };
 
+// Calls f with Type<Math>, the arithmetic of the attention to context and tails for blocks of `rows` rows.
 template <class F>
 void with_math(DType dtype, int head_dim, int rows, F&& f) {
   with_head_dim(head_dim, [&](auto dim) {
@@ -50,6 +47,61 @@ void with_math(DType dtype, int head_dim, int rows, F&& f) {
       default: return f(Type<Math32<kHeadDim>>());
     }
   });
+}
+
+// Calls f with Type<Codes>, that of the attention to quantised rows.
+template <class F>
+void with_codes(DType dtype, int bits, int head_dim, int rows, F&& f) {
+  with_head_dim(head_dim, [&](auto dim) {
+    constexpr int kHeadDim = decltype(dim)::value;
+    const auto with_bits = [&](auto chosen) {
+      constexpr int kBits = decltype(chosen)::value;
+      if (dtype == DType::kFloat32) return f(Type<Codes32<kHeadDim, kBits>>());
+      if (rows == 8) return f(Type<Codes16<kHeadDim, 1, kBits>>());
+      if (rows == 16) return f(Type<Codes16<kHeadDim, 2, kBits>>());
+      if constexpr (kHeadDim <= 128) return f(Type<Codes16<kHeadDim, 4, kBits>>());
+    };
+    if (bits == 8) return with_bits(std::integral_constant<int, 8>());
+    return with_bits(std::integral_constant<int, 4>());
+  });
+}
+
+// Calls f with Type<T> of the output's dtype and head_dim.
+template <class F>
+void with_merge(DType dtype, int head_dim, F&& f) {
+  with_head_dim(head_dim, [&](auto dim) {
+    switch (dtype) {
+      case DType::kBFloat16: return f(Type<BFloat16>(), dim);
+      case DType::kFloat16: return f(Type<Float16>(), dim);
+      default: return f(Type<float>(), dim);
+    }
+  });
+}
+
+// Completes `p` with the plan for a device.
+inline Workspace plan(AttendParams& p, int head_dim, const DeviceLimits& limits) {
+  const auto cut_for = [&](Ragged& r, int rows, int stage_bytes, int fixed_bytes) {
+    const Ring ring = ring_of(limits, stage_bytes, fixed_bytes, kMaxDepth);
+    if (ring.depth < 2) throw std::runtime_error("kvzip: the device has too little shared memory");
+    r.depth = ring.depth;
+    cut(p, r, rows, limits.processors * ring.blocks_per_processor);
+  };
+  const int rows = rows_of_context(p, head_dim);
+  with_math(p.dtype, head_dim, rows, [&](auto type) {
+    using Math = typename decltype(type)::type;
+    using Memory = SharedMemory<Math>;
+    cut_for(p.context, rows, Math::kWarps * Memory::kStageBytes, Memory::kFixedBytes);
+  });
+  if (p.quantized.rows.cu_tiles != nullptr) {
+    const int code_rows = rows_of_quantized(p, head_dim);
+    with_codes(p.dtype, p.quantized.bits, head_dim, code_rows, [&](auto type) {
+      using Codes = typename decltype(type)::type;
+      using Memory = CodeMemory<Codes>;
+      cut_for(p.quantized.rows, code_rows, Codes::kWarps * Memory::kStageBytes, Memory::kFixedBytes);
+    });
+  }
+  const int64_t partial_rows = place_results(p);
+  return {partial_rows * head_dim, partial_rows * 2};
 }
 
 // Calls f with the type of the scoring's arithmetic.

@@ -12,10 +12,37 @@ namespace kvzip {
 
 constexpr int kWarpKeys = 16;  // keys a warp takes at a time
 
+// The outputs of a warp: lane l holds, of 8 rows (columns n) and 16 channels m, at index e, row 2 * (l % 4) + e % 2 of the
+// channel that is row l / 4 + 8 * (e / 2) of the instruction.
+template <int kHeadDim, int kBlocks>
+struct Outputs16 {
+  float output[kBlocks][kHeadDim / 16][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int m = 0; m < kHeadDim / 16; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) output[n][m][e] = 0.0f;
+      }
+    }
+  }
+
+  // Multiplies the outputs of this lane's two rows of block n.
+  __device__ __forceinline__ void scale(int n, const float (&factor)[2]) {
+#pragma unroll
+    for (int m = 0; m < kHeadDim / 16; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) output[n][m][e] *= factor[e % 2];
+    }
+  }
+};
+
 // Lane l holds, of the scores of 8 rows (columns n) and 16 keys, at index e:
 //   key l / 4 + 8 * (e / 2), row 2 * (l % 4) + e % 2
 template <typename T, int kHeadDimension, int kBlocks>
-struct Math16 {
+struct Math16 : Outputs16<kHeadDimension, kBlocks> {
   using Element = T;
   static constexpr int kHeadDim = kHeadDimension;
   static constexpr int kRowBlocksOf8 = kBlocks;
@@ -24,8 +51,6 @@ struct Math16 {
   static constexpr int kQueryBytes = kRows * kRowBytes;
   static constexpr int kWarps = kRowBytes <= 256 ? 4 : 2;  // a stage of the ring stays at or below 32 KiB
   using Layout = TileLayout<kRowBytes>;
-
-  float output[kBlocks][kHeadDim / 16][4];
 
   static __device__ __forceinline__ int query_offset(int row, int chunk) { return Layout::offset(row, chunk); }
 
@@ -80,27 +105,7 @@ struct Math16 {
       uint32_t a[4];
       load_matrices_transposed(a, values + Layout::offset(lane % 8 + lane / 16 * 8, 2 * m + lane / 8 % 2));
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n) mma<T>(output[n][m], a, b[n][0], b[n][1]);
-    }
-  }
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-      for (int m = 0; m < kHeadDim / 16; ++m) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) output[n][m][e] = 0.0f;
-      }
-    }
-  }
-
-  // Multiplies the outputs of this lane's two rows of block n.
-  __device__ __forceinline__ void scale(int n, const float (&factor)[2]) {
-#pragma unroll
-    for (int m = 0; m < kHeadDim / 16; ++m) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) output[n][m][e] *= factor[e % 2];
+      for (int n = 0; n < kBlocks; ++n) mma<T>(this->output[n][m], a, b[n][0], b[n][1]);
     }
   }
 
@@ -113,7 +118,7 @@ struct Math16 {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float* at = to + (n * 8 + 2 * (lane % 4) + e % 2) * stride + m * 16 + lane / 4 + 8 * (e / 2);
-          *at = add ? *at + output[n][m][e] : output[n][m][e];
+          *at = add ? *at + this->output[n][m][e] : this->output[n][m][e];
         }
       }
     }

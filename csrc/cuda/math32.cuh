@@ -49,13 +49,7 @@ struct Math32 {
       const float p1 = __shfl_sync(kFullWarp, p[0][key / 8 * 2 + 1], source);
 #pragma unroll
       for (int j = 0; j < kHeadDim / 32; ++j) {
-        const float4 v = load_shared(values + Layout::offset(key, j * 8 + lane / 4));
-        const float element[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          output[j][i][0] = fmaf(element[i], p0, output[j][i][0]);
-          output[j][i][1] = fmaf(element[i], p1, output[j][i][1]);
-        }
+        add(j, load_shared(values + Layout::offset(key, j * 8 + lane / 4)), p0, p1);
       }
     }
   }
@@ -75,7 +69,16 @@ struct Math32 {
     });
   }
 
- private:
+ protected:
+  __device__ __forceinline__ void add(int j, float4 v, float p0, float p1) {
+    const float element[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      output[j][i][0] = fmaf(element[i], p0, output[j][i][0]);
+      output[j][i][1] = fmaf(element[i], p1, output[j][i][1]);
+    }
+  }
+
   template <typename F>
   static __device__ __forceinline__ void each(F&& f) {
 #pragma unroll

@@ -24,50 +24,58 @@ __device__ __forceinline__ void store_output<float>(float* to, float4 v) {
   *reinterpret_cast<float4*>(to) = v;
 }
 
-// The blocks of partial results that one query row has: a run of the context's slots, then a run of the tails'.
-struct Partials {
-  int64_t context_first, tail_first;  // blocks
-  int context_count, tail_count;
-  int context_row, tail_row;  // within a block
+// Partial results of one query row, `stride` rows apart.
+struct Run {
+  int64_t row;
+  int stride, count;
 
-  __device__ __forceinline__ int count() const { return context_count + tail_count; }
-  __device__ __forceinline__ int64_t row(int index, int rows) const {
-    return index < context_count ? (context_first + index) * rows + context_row
-                                 : (tail_first + index - context_count) * rows + tail_row;
+  __device__ __forceinline__ int64_t at(int index) const { return row + static_cast<int64_t>(index) * stride; }
+};
+
+// Those of a head of ragged rows; `packed` is the query row.
+__device__ __forceinline__ Run ragged_run(const Ragged& r, int kv_heads, int head, int packed) {
+  if (r.cu_tiles == nullptr || r.cu_tiles[head] == r.cu_tiles[head + 1]) return {0, 0, 0};
+  const int64_t tiles = r.cu_tiles[kv_heads], workers = active(r.workers, tiles);
+  const int64_t first = owner(r.cu_tiles[head], workers, tiles), last = owner(r.cu_tiles[head + 1] - 1, workers, tiles);
+  return {ragged_row(r, kv_heads, packed / r.rows, first + head) + packed % r.rows, r.rows,
+          static_cast<int>(last - first) + 1};
+}
+
+__device__ __forceinline__ Run tail_run(const AttendParams& p, int pair, int packed) {
+  const int64_t per_item = tiles_of(tail_length(p));
+  if (per_item == 0) return {0, 0, 0};
+  const int rows = p.context.rows;
+  const int64_t item = static_cast<int64_t>(pair) * p.tail_row_blocks + packed / rows, tiles = per_item * tail_items(p);
+  const int64_t workers = active(static_cast<int64_t>(p.context.workers) * p.context.row_blocks, tiles);
+  const int64_t first = owner(item * per_item, workers, tiles);
+  const int64_t last = owner((item + 1) * per_item - 1, workers, tiles);
+  return {tail_row(p, first + item) + packed % rows, rows, static_cast<int>(last - first) + 1};
+}
+
+// All partial results of one query row, in the order in which they are added.
+struct Partials {
+  Run runs[3];  // of the context, the quantised rows, the tail
+
+  __device__ __forceinline__ Partials(const AttendParams& p, int b, int query_head, int i) {
+    const int head = query_head / p.groups, g = query_head % p.groups;
+    const int packed = (b * p.groups + g) * p.q_len + i;
+    runs[0] = ragged_run(p.context, p.kv_heads, head, packed);
+    runs[1] = ragged_run(p.quantized.rows, p.kv_heads, head, packed);
+    runs[2] = tail_run(p, b * p.kv_heads + head, g * p.q_len + i);
+  }
+
+  __device__ __forceinline__ int count() const { return runs[0].count + runs[1].count + runs[2].count; }
+
+  __device__ __forceinline__ int64_t row(int index) const {
+    if (index < runs[0].count) return runs[0].at(index);
+    index -= runs[0].count;
+    return index < runs[1].count ? runs[1].at(index) : runs[2].at(index - runs[1].count);
   }
 };
 
-__device__ __forceinline__ Partials partials_of(const AttendParams& p, int b, int query_head, int i, int rows) {
-  const int head = query_head / p.groups, g = query_head % p.groups;
-  Partials partials{0, 0, 0, 0, 0, 0};
-  if (p.keys != nullptr && p.cu_tiles[head] < p.cu_tiles[head + 1]) {
-    const int64_t tiles = p.cu_tiles[p.kv_heads];
-    const int64_t workers = active(p.workers, tiles);
-    const int64_t first = owner(p.cu_tiles[head], workers, tiles);
-    const int64_t last = owner(p.cu_tiles[head + 1] - 1, workers, tiles);
-    const int packed = (b * p.groups + g) * p.q_len + i;
-    partials.context_row = packed % rows;
-    partials.context_first = context_block(p, packed / rows, first + head);
-    partials.context_count = static_cast<int>(last - first) + 1;
-  }
-  const int64_t per_item = tiles_of(tail_length(p));
-  if (per_item > 0) {
-    const int packed = g * p.q_len + i;
-    const int64_t item = (static_cast<int64_t>(b) * p.kv_heads + head) * p.tail_row_blocks + packed / rows;
-    const int64_t tiles = per_item * tail_items(p);
-    const int64_t workers = active(static_cast<int64_t>(p.workers) * p.row_blocks, tiles);
-    const int64_t first = owner(item * per_item, workers, tiles);
-    const int64_t last = owner((item + 1) * per_item - 1, workers, tiles);
-    partials.tail_row = packed % rows;
-    partials.tail_first = tail_block(p, first + item);
-    partials.tail_count = static_cast<int>(last - first) + 1;
-  }
-  return partials;
-}
-
 // Grid: (batch * q_len * query heads), in the output's order. Block: kMergeWarps warps. Each warp takes every
 // kMergeWarps-th partial result in slot order, then the warps are added in order: always the same sum.
-template <typename T, int kHeadDim, int kRows>
+template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kMergeWarps * 32) merge_kernel(const AttendParams p) {
   constexpr int kVectors = (kHeadDim / 4 + 31) / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -75,13 +83,13 @@ __global__ void __launch_bounds__(kMergeWarps * 32) merge_kernel(const AttendPar
   const int query_heads = p.kv_heads * p.groups;
   const int query_head = blockIdx.x % query_heads, token = blockIdx.x / query_heads;
   const int b = token / p.q_len, i = token % p.q_len;
-  const Partials partials = partials_of(p, b, query_head, i, kRows);
+  const Partials partials(p, b, query_head, i);
 
   float maximum = -INFINITY, sum = 0.0f;
   float output[kVectors][4] = {};
 #pragma unroll(4 / kVectors)
   for (int index = warp; index < partials.count(); index += kMergeWarps) {
-    const int64_t row = partials.row(index, kRows);
+    const int64_t row = partials.row(index);
     const float2 stats = reinterpret_cast<const float2*>(p.partial_stats)[row];
     const float largest = fmaxf(maximum, stats.x);
     const float old_factor = exp2_below(maximum, largest), factor = exp2_below(stats.x, largest);

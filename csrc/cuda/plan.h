@@ -1,6 +1,8 @@
 // How a call is cut up for a device: from shapes and the device alone, never from lengths that live on the device.
 #pragma once
 
+#include <cmath>
+
 #include "walk.cuh"
 
 namespace kvzip {
@@ -14,7 +16,7 @@ struct DeviceLimits {
 };
 
 // Rows of a block: a multiple of 8, so that a decoding step wastes little, but not more than the registers can hold.
-inline int rows_of_block(int rows, int head_dim, bool is_float32) {
+inline int rows_of_block(int64_t rows, int head_dim, bool is_float32) {
   if (rows <= 8 || is_float32) return 8;
   return rows <= 16 || head_dim > 128 ? 16 : 32;
 }
@@ -36,15 +38,35 @@ inline Ring ring_of(const DeviceLimits& device, int stage_bytes, int fixed_bytes
   return ring;
 }
 
-// Fills in the plan for blocks of `rows` rows on `resident` CTAs that run at once.
-inline void cut(AttendParams& p, int rows, int resident) {
-  const int64_t rows_per_batch = static_cast<int64_t>(p.groups) * p.q_len;
-  p.tail_row_blocks = static_cast<int>((rows_per_batch + rows - 1) / rows);
-  p.row_blocks = p.keys == nullptr ? 1 : static_cast<int>((p.batch * rows_per_batch + rows - 1) / rows);
-  p.workers = resident > p.row_blocks ? resident / p.row_blocks : 1;
+// Rows that want a key of the context, and a key of a tail.
+inline int64_t rows_per_batch(const AttendParams& p) { return static_cast<int64_t>(p.groups) * p.q_len; }
+inline int64_t rows_in_all(const AttendParams& p) { return p.batch * rows_per_batch(p); }
+
+// Rows of a block of attend_kernel and of attend_codes_kernel.
+inline int rows_of_context(const AttendParams& p, int head_dim) {
+  const int64_t rows = p.context.cu_tiles == nullptr ? rows_per_batch(p) : rows_in_all(p);
+  return rows_of_block(rows, head_dim, p.dtype == DType::kFloat32);
+}
+inline int rows_of_quantized(const AttendParams& p, int head_dim) {
+  return rows_of_block(rows_in_all(p), head_dim, p.dtype == DType::kFloat32);
 }
 
-// Blocks of partial results, each of a block's rows.
-inline int64_t partial_blocks(const AttendParams& p) { return p.row_blocks * context_slots(p) + tail_slots(p); }
+// Fills in the plan for blocks of `rows` rows on `resident` CTAs that run at once.
+inline void cut(const AttendParams& p, Ragged& r, int rows, int resident) {
+  r.rows = rows;
+  r.row_blocks = r.cu_tiles == nullptr ? 1 : static_cast<int>((rows_in_all(p) + rows - 1) / rows);
+  r.workers = resident > r.row_blocks ? resident / r.row_blocks : 1;
+}
+
+// The rest of the plan, once what is ragged is cut; returns the rows of partial results.
+inline int64_t place_results(AttendParams& p) {
+  Ragged &context = p.context, &quantized = p.quantized.rows;
+  p.tail_row_blocks = static_cast<int>((rows_per_batch(p) + context.rows - 1) / context.rows);
+  context.first_row = 0;
+  quantized.first_row = tail_row(p, tail_slots(p));
+  const bool is_16bit = p.dtype != DType::kFloat32 && p.scaling != 0.0f;
+  p.quantized.query_factor = is_16bit ? std::ldexp(1.0f, std::ilogb(p.scaling)) : 1.0f;
+  return ragged_row(quantized, p.kv_heads, quantized.row_blocks, 0);
+}
 
 }  // namespace kvzip

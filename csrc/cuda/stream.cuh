@@ -15,6 +15,18 @@ __device__ __forceinline__ float exp2_below(float x, float maximum) {
   return exp2f(x - (maximum == -INFINITY ? 0.0f : maximum));
 }
 
+// The sum, and the maximum, of one row over the lanes that hold its keys.
+__device__ __forceinline__ float sum_over_keys(float x) {
+#pragma unroll
+  for (int distance = 4; distance < 32; distance *= 2) x += __shfl_xor_sync(kFullWarp, x, distance);
+  return x;
+}
+__device__ __forceinline__ float maximum_over_keys(float x) {
+#pragma unroll
+  for (int distance = 4; distance < 32; distance *= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, distance));
+  return x;
+}
+
 // The rows of a segment: packed rows [first, first + count) of all batch rows.
 struct Segment {
   int head;
@@ -102,11 +114,7 @@ struct Running {
         float largest = fmaxf(s[0][n][e], s[0][n][2 + e]);
 #pragma unroll
         for (int g = 1; g < kGroups; ++g) largest = fmaxf(largest, fmaxf(s[g][n][e], s[g][n][2 + e]));
-#pragma unroll
-        for (int distance = 4; distance < 32; distance *= 2) {
-          largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, distance));
-        }
-        largest = fmaxf(largest, maximum[n][e]);
+        largest = fmaxf(maximum_over_keys(largest), maximum[n][e]);
         factor[e] = exp2_below(maximum[n][e], largest);
         maximum[n][e] = largest;
         sum[n][e] *= factor[e];
@@ -131,10 +139,7 @@ struct Running {
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-#pragma unroll
-        for (int distance = 4; distance < 32; distance *= 2) {
-          sum[n][e] += __shfl_xor_sync(kFullWarp, sum[n][e], distance);
-        }
+        sum[n][e] = sum_over_keys(sum[n][e]);
         float* at = stats + 2 * (warp * kRows + n * 8 + 2 * lane + e);
         if (lane < 4) at[0] = maximum[n][e], at[1] = sum[n][e];
       }

@@ -184,7 +184,7 @@ class Compression:
             stack.enter_context(watch.over(self._given, kv, self.model.modules, len(ids)))
             self._running = _Prefill(kv, ids, watch, cache, [] if cache is None else cache.layers, stack.pop_all())
         if cache is not None:
-            cache.layers = kv.layers
+            cache.layers = list(kv.layers)
         return (), given | {"past_key_values": kv if cache is None else cache, "use_cache": True}
 
     def _is_prefill(self, given: Mapping[str, Any]) -> bool:
@@ -195,7 +195,7 @@ class Compression:
             return False
         if cache is not None and type(cache) is not DynamicCache:
             raise ValueError(
-                f"a press compresses into a DynamicCache or none at all, got {type(cache).__name__}; for fewer bits use "
+                f"a press compresses into a DynamicCache, got {type(cache).__name__}; for fewer bits a number use "
                 "kv.quantize(8) afterwards"
             )
         return True

@@ -46,8 +46,8 @@ class KVPressTextGenerationPipeline(Pipeline):
         ValueError: question and questions together, a press of another kind, or a cache that is in use.
     """
 
-    _load_tokenizer = True
-    _load_processor = _load_image_processor = _load_feature_extractor = _load_video_processor = False
+    _load_tokenizer = True  # type: ignore[assignment]
+    _load_processor = False  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take what every transformers pipeline takes, and put kvzip's attention on the model."""
@@ -81,13 +81,13 @@ class KVPressTextGenerationPipeline(Pipeline):
         forward = {"press": press, "max_new_tokens": int(max_new_tokens), "cache": cache, **kwargs}
         return preprocess, forward, {"single": questions is None}
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]
         self, context: str, questions: Sequence[str], answer_prefix: str, max_context_length: int | None
     ) -> dict[str, Any]:
         """Ids of the template's beginning, of the context, and of each question with the turn change after it."""
         prompting = self.kvzip.prompting
         prefix, ids = prompting.encode(prompting.template.before), prompting.encode(context)
-        limit = self.tokenizer.model_max_length if max_context_length is None else max_context_length
+        limit = self.tokenizer.model_max_length if max_context_length is None else max_context_length  # type: ignore[union-attr]
         room = int(min(limit, 10**10)) - len(prefix)
         if room < 1:
             raise ValueError(
@@ -102,7 +102,7 @@ class KVPressTextGenerationPipeline(Pipeline):
             "questions": [prompting.encode(one + after) for one in questions],
         }
 
-    def _forward(
+    def _forward(  # type: ignore[override]
         self,
         inputs: dict[str, Any],
         press: BasePress | None = None,
@@ -124,12 +124,12 @@ class KVPressTextGenerationPipeline(Pipeline):
         answers: list[Tensor] = []
         for start in range(0, len(questions), AT_ONCE):
             batch = questions[start : start + AT_ONCE]
-            answers += self.kvzip.generate(batch, kv=kv, return_ids=True, **kwargs)
+            answers += self.kvzip.generate(batch, kv=kv, return_ids=True, **kwargs)  # type: ignore[arg-type]
         if cache is not None:
-            cache.layers = kv.layers
+            cache.layers = list(kv.layers)
         return answers
 
-    def postprocess(self, model_outputs: list[Tensor], single: bool) -> dict[str, Any]:
+    def postprocess(self, model_outputs: list[Tensor], single: bool) -> dict[str, Any]:  # type: ignore[override]
         """Texts: {"answer": text} for one question, else {"answers": texts}."""
         texts = [self.kvzip.decode(one) for one in model_outputs]
         return {"answer": texts[0]} if single else {"answers": texts}

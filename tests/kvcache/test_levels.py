@@ -19,192 +19,29 @@ from kvzip.kvcache.levels.critical_adakv import CriticalAdaKV
 from kvzip.kvcache.levels.entropy_chunkkv import EntropyChunkKV
 from kvzip.kvcache.levels.per_layer import PerLayer, spread
 from kvzip.kvcache.levels.window_threshold import WindowThreshold
+from tests.kvcache import level_oracles as oracle
 from tests.tiny import build, ids
 
 RATIO = st.floats(min_value=1e-6, max_value=1.0)
-EPSILON = 1e-8
-
-
-class OutOfReachError(Exception):
-    """More is asked for than is left."""
-
-
-def count(ratio, n):
-    return max(1, min(n, math.floor(ratio * n + 0.5)))
-
-
-def best(values, k, allowed):
-    """Indices of the `k` largest, ties by lower index."""
-    if len(allowed) < k:
-        raise OutOfReachError
-    return sorted(allowed, key=lambda i: (-values[i], i))[:k]
-
-
-class Case:
-    """What a level is asked, as Python lists; `keep` is what an oracle marks."""
-
-    def __init__(self, scores, ratio, left, norms):
-        self.layers, self.heads, self.n = scores.shape
-        self.scores, self.norms, self.ratio = scores.tolist(), norms.tolist(), ratio
-        self.left = [[[i for i in range(self.n) if row[i]] for row in layer] for layer in left.tolist()]
-        self.keep = torch.zeros(scores.shape, dtype=torch.bool)
-        self.top = max(x for layer in self.scores for row in layer for x in row)
-        rows = [row for layer in self.scores for row in layer]
-        self.always = [i for i in range(self.n) if all(row[i] == self.top for row in rows)]
-
-    def each_head(self):
-        return [(layer, head) for layer in range(self.layers) for head in range(self.heads)]
-
-
-def adakv(case, alpha=0.2):
-    k = count(case.ratio, case.n)
-    for layer in range(case.layers):
-        pairs = [(head, i) for head in range(case.heads) for i in case.left[layer][head]]
-        floors = {}
-        for head in range(case.heads):
-            kept = best(case.scores[layer][head], max(1, int(alpha * k)), case.left[layer][head])
-            floors |= {(head, i): True for i in kept}
-        if len(pairs) < case.heads * k:
-            raise OutOfReachError
-        pairs.sort(key=lambda pair: (pair not in floors, -case.scores[layer][pair[0]][pair[1]], pair))
-        for head, i in pairs[: case.heads * k]:
-            case.keep[layer, head, i] = True
-
-
-def critical(case, budgets=None, floor=0, *, epsilon=1e-4, first=0.5, shift=True):
-    for layer, head in case.each_head():
-        scores, norms, left = (part[layer][head] for part in (case.scores, case.norms, case.left))
-        k = count(case.ratio, case.n) if budgets is None else budgets[layer][head]
-        base = min(0, *scores) if shift else 0
-        weighted = [(score - base + epsilon) * norm for score, norm in zip(scores, norms, strict=True)]
-        chosen = best(scores, max(int(k * first), floor), left)
-        rest = [i for i in left if i not in chosen]
-        if len(left) < k:
-            raise OutOfReachError
-        rest.sort(key=lambda i: (scores[i] != case.top, -weighted[i], i))
-        case.keep[layer, head, chosen + rest[: k - len(chosen)]] = True
-
-
-def critical_adakv(case, alpha=0.2):
-    adakv(case, alpha)
-    budgets = case.keep.sum(-1).tolist()
-    case.keep.zero_()
-    critical(case, budgets, max(1, int(alpha * count(case.ratio, case.n))))
-
-
-def per_layer(case, weights):
-    """Handed out one by one: the next token goes where weight / (tokens + 1/2) is largest."""
-    counts = [1] * case.layers
-    while sum(counts) < count(case.ratio, case.layers * case.n):
-        open_layers = [i for i in range(case.layers) if counts[i] < case.n]
-        counts[max(open_layers, key=lambda i: (weights[i] / (counts[i] + 0.5), -i))] += 1
-    for layer, head in case.each_head():
-        case.keep[layer, head, best(case.scores[layer][head], counts[layer], case.left[layer][head])] = True
-
-
-def cut(n, size):
-    return [list(range(start, min(n, start + size))) for start in range(0, n, size)]
-
-
-def means(case, layer, chunks):
-    summed = [sum(case.scores[layer][head][i] for head in range(case.heads)) for i in range(case.n)]
-    return summed, [sum(summed[i] for i in chunk) / len(chunk) for chunk in chunks]
-
-
-def chunkkv(case, size):
-    if case.n < size:
-        return uniform(case)
-    chunks = cut(case.n, size)
-    for layer in range(case.layers):
-        _, scores = means(case, layer, chunks)
-        whole = [j for j, chunk in enumerate(chunks) if all(set(chunk) <= set(left) for left in case.left[layer])]
-        lifted = [(any(i in case.always for i in chunk), score) for chunk, score in zip(chunks, scores, strict=True)]
-        k = count(case.ratio, len(chunks))
-        if len(whole) < k:
-            raise OutOfReachError
-        for j in sorted(whole, key=lambda j: (not lifted[j][0], -lifted[j][1], j))[:k]:
-            case.keep[layer, :, chunks[j]] = True
-
-
-def entropy(scores):
-    if len(scores) == 1:
-        return 0
-    lifted = [score - min(0, *scores) for score in scores]
-    shares = [score / (sum(lifted) + EPSILON) for score in lifted]
-    found = -sum(share * math.log(share + EPSILON) for share in shares) / math.log(len(scores))
-    return round(min(1, max(0, found)), 9)
-
-
-def lower_median(values):
-    return sorted(values)[(len(values) - 1) // 2]
-
-
-def entropy_chunkkv(case, size, few):
-    chunks = cut(case.n, size)
-    for layer in range(case.layers):
-        scores, mean = means(case, layer, chunks)
-        left = [i for i in range(case.n) if all(i in head for head in case.left[layer])]
-        entropies = [entropy([scores[i] for i in chunk]) for chunk in chunks]
-        k = count(case.ratio, case.n)
-        if len(left) < k:
-            raise OutOfReachError
-        pinned = [any(i in case.always and i in left for i in chunk) for chunk in chunks]
-        taken = []
-        for j in sorted(range(len(chunks)), key=lambda j: (not pinned[j], -mean[j], j)):
-            there = [i for i in chunks[j] if i in left]
-            room = min(len(there), k - len(taken))
-            if mean[j] >= lower_median(mean) and entropies[j] < lower_median(entropies):
-                room = min(room, max(few, len([i for i in there if i in case.always])))
-            taken += best(scores, room, there)
-        left.sort(key=lambda i: (i not in case.always, i not in taken, -scores[i], i))
-        case.keep[layer, :, left[:k]] = True
-
-
-def uniform(case):
-    for layer, head in case.each_head():
-        kept = best(case.scores[layer][head], count(case.ratio, case.n), case.left[layer][head])
-        case.keep[layer, head, kept] = True
-
-
-def chunk_by_chunk(case, size):
-    for layer, head in case.each_head():
-        for chunk in cut(case.n, size):
-            left = [i for i in chunk if i in case.left[layer][head]]
-            case.keep[layer, head, best(case.scores[layer][head], count(case.ratio, len(chunk)), left)] = True
-
-
-def window(case, size):
-    pairs = [(layer, head, i) for layer, head in case.each_head() for i in case.left[layer][head]]
-
-    def rank(pair):
-        score = case.scores[pair[0]][pair[1]][pair[2]]
-        return pair[2] < case.n - size and score != case.top, -score, pair
-
-    k = count(case.ratio, case.layers * case.heads * case.n)
-    if len(pairs) < k:
-        raise OutOfReachError
-    for pair in sorted(pairs, key=rank)[:k]:
-        case.keep[pair] = True
-
 
 # Level, its definition, and whether keeping less afterwards is the same as keeping less at once.
 DEFINITIONS = {
-    "adakv": (AdaKV(), adakv, True),
-    "adakv-half": (AdaKV(0.5), lambda case: adakv(case, 0.5), True),
-    "adakv-no-floor": (AdaKV(0), lambda case: adakv(case, 0), True),
-    "critical": (Critical(), critical, True),
-    "critical-upstream": (Critical(shift=False), lambda case: critical(case, shift=False), True),
-    "critical-second-only": (Critical(first_stage_ratio=0), lambda case: critical(case, first=0), True),
-    "critical-adakv": (CriticalAdaKV(), critical_adakv, False),
-    "critical-adakv-half": (CriticalAdaKV(alpha=0.5), lambda case: critical_adakv(case, 0.5), False),
-    "per-layer": (PerLayer((5, 1, 2)), lambda case: per_layer(case, (5, 1, 2)), True),
-    "chunkkv": (ChunkKV(3), lambda case: chunkkv(case, 3), True),
-    "chunkkv-1": (ChunkKV(1), lambda case: chunkkv(case, 1), True),
-    "entropy-chunkkv": (EntropyChunkKV(4, 2), lambda case: entropy_chunkkv(case, 4, 2), False),
-    "chunk": (Chunk(4), lambda case: chunk_by_chunk(case, 4), True),
-    "block": (Block(2), uniform, True),
-    "window-threshold": (WindowThreshold(2), lambda case: window(case, 2), True),
-    "window-threshold-0": (WindowThreshold(0), lambda case: window(case, 0), True),
+    "adakv": (AdaKV(), oracle.adakv, True),
+    "adakv-half": (AdaKV(0.5), lambda case: oracle.adakv(case, 0.5), True),
+    "adakv-no-floor": (AdaKV(0), lambda case: oracle.adakv(case, 0), True),
+    "critical": (Critical(), oracle.critical, True),
+    "critical-upstream": (Critical(shift=False), lambda case: oracle.critical(case, shift=False), True),
+    "critical-second-only": (Critical(first_stage_ratio=0), lambda case: oracle.critical(case, first=0), True),
+    "critical-adakv": (CriticalAdaKV(), oracle.critical_adakv, False),
+    "critical-adakv-half": (CriticalAdaKV(alpha=0.5), lambda case: oracle.critical_adakv(case, 0.5), False),
+    "per-layer": (PerLayer((5, 1, 2)), lambda case: oracle.per_layer(case, (5, 1, 2)), True),
+    "chunkkv": (ChunkKV(3), lambda case: oracle.chunkkv(case, 3), True),
+    "chunkkv-1": (ChunkKV(1), lambda case: oracle.chunkkv(case, 1), True),
+    "entropy-chunkkv": (EntropyChunkKV(4, 2), lambda case: oracle.entropy_chunkkv(case, 4, 2), False),
+    "chunk": (Chunk(4), lambda case: oracle.chunk_by_chunk(case, 4), True),
+    "block": (Block(2), oracle.uniform, True),
+    "window-threshold": (WindowThreshold(2), lambda case: oracle.window(case, 2), True),
+    "window-threshold-0": (WindowThreshold(0), lambda case: oracle.window(case, 0), True),
 }
 each = pytest.mark.parametrize("name", DEFINITIONS)
 
@@ -226,10 +63,10 @@ def problems(draw, layers=None):
 
 def expected(name, scores, norms, ratio, left=None):
     """What the definition keeps, or None where it asks for more than is left."""
-    case = Case(scores, ratio, torch.ones_like(scores) if left is None else left, norms)
+    case = oracle.Case(scores, ratio, torch.ones_like(scores) if left is None else left, norms)
     try:
         DEFINITIONS[name][1](case)
-    except OutOfReachError:
+    except oracle.OutOfReachError:
         return None
     return case.keep
 
@@ -519,36 +356,3 @@ def test_a_level_may_be_a_kvs_default(level, tmp_path):
     loaded.prune(0.2)
     told.prune(0.2, level)
     assert torch.equal(loaded.keep_mask, told.keep_mask)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "mixtral"])
-@pytest.mark.parametrize("chunk", [7, 1000])
-def test_output_norm_is_the_sum_of_absolute_outputs(name, chunk):
-    """Against a loop over query heads in float64; one group's mean."""
-    kv, hf_model = prefill("output_norm", name=name, prefill_chunk_size=chunk), model_of(name).model
-    scores = kv.scores
-    assert scores.dtype == torch.float32
-    for row, (index, layer) in enumerate(zip(kv.layer_indices, kv.context_layers, strict=True)):
-        if name == "gpt2":
-            weight = hf_model.transformer.h[index].attn.c_proj.weight.detach().T
-        else:
-            weight = hf_model.model.layers[index].self_attn.o_proj.weight.detach()
-        heads, dim = len(layer.store.lengths), layer.store.values.shape[-1]
-        values = layer.store.values.view(heads, -1, dim)[:, kv.prefix_length :].double()
-        group = weight.shape[1] // dim // heads
-        for head in range(heads):
-            found = [
-                (values[head] @ weight[:, (head * group + g) * dim :][:, :dim].double().T).abs().sum(-1)
-                for g in range(group)
-            ]
-            error = (sum(found) / group - scores[row, head]).abs().max()
-            assert float(error) <= 1e-5 * float(scores.max())
-
-
-def test_output_norm_in_bfloat16_and_without_a_second_prefill():
-    model = ModelKVzip.from_model(build("llama").to(torch.bfloat16), None)
-    kv = model.prefill(ids(20), scorer="output_norm")
-    assert kv.scores.dtype == torch.float32
-    later = model.prefill(ids(20), scorer=None)
-    model.score(later, "output_norm")
-    assert torch.equal(later.scores, kv.scores)

@@ -1,0 +1,444 @@
+"""Presses compress what a stock model prefills inside their block: the same pairs, really evicted, nothing left behind."""
+
+import dataclasses
+import importlib
+from functools import cache
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from kvzip import KVCache, ModelKVzip
+from kvzip.attention import restore
+from kvzip.integrations import kvpress
+from kvzip.integrations.compression import kept, scorers_of
+from kvzip.integrations.kvpress import PRESSES, ComposedPress, PerLayerCompressionPress, ScorerPress, press
+from kvzip.kvcache import get_level
+from kvzip.kvcache.selection import top_k_mask
+from kvzip.model.loading import load
+from kvzip.scoring import get_scorer
+from tests.parity import golden
+from tests.tiny import build, ids
+
+CONTEXT, QUERY = ids(60, seed=1), ids(5, seed=2)
+NEED_FILES = {"ExpectedAttentionStatsPress", "FastKVzipPress", "KVzapPress", "LUKVPress", "QFilterPress"}
+SNAPKV = "snapkv(window_size=8)"
+
+
+def make(name, *args, **settings):
+    """A press of the table; those around another one get one."""
+    cls = getattr(kvpress, name)
+    return (
+        cls(kvpress.SnapKVPress(0.5, window_size=8), *args, **settings)
+        if PRESSES[name].scorer is None
+        else cls(*args, **settings)
+    )
+
+
+@cache
+def stock(name="llama"):
+    """A transformers model as users have it; every test leaves it with its own attention."""
+    return build(name)
+
+
+@pytest.fixture
+def model():
+    yield stock()
+    restore(stock())
+
+
+def tensor(found):
+    return torch.tensor([found])
+
+
+def run(model, press, context=CONTEXT, **options):
+    """What the press holds after one forward pass over the context."""
+    with press(model, **options) as block, torch.no_grad():
+        model(tensor(context))
+    return block.kv
+
+
+def by_hand(model, scorer, ratio, level=None, context=CONTEXT, prefix=()):
+    """The same without a press."""
+    wrapped = ModelKVzip.from_model(model, None)
+    kv = wrapped.prefill(context, prefix_ids=prefix, scorer=scorer)
+    kv.prune(ratio, level)
+    return wrapped, kv
+
+
+# -- what stands for what ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(PRESSES))
+def test_every_press_of_the_table_can_be_made_and_knows_its_scorer_and_level(name):
+    found = make(name)
+    assert repr(found).startswith(f"{name}(")
+    assert isinstance(found, ScorerPress)
+    if name not in NEED_FILES | {"DMSPress"}:
+        (first, *others) = found.scorers()
+        assert first.name == (PRESSES[name].scorer or "snapkv")
+        assert [one.name for one in others] == list(PRESSES[name].beside)
+        get_level(found.level())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "scorer", "level"),
+    [
+        ("SnapKVPress", {"window_size": 8}, "snapkv(window_size=8)", "pair-uniform"),
+        ("KVzipPress", {}, "kvzip", "pair"),
+        ("KVzipPress", {"layerwise": True}, "kvzip", "adakv(alpha=0)"),
+        ("KVzipPress", {"kvzip_plus_normalization": True, "n_sink": 4}, "kvzip_plus(n_sink=4)", "pair"),
+        ("KVComposePress", {"agg_head": "max"}, "kvcompose", "kvcompose(agg_head='max', keep_token_lower_bound=0)"),
+        ("KVComposePress", {"structured": False}, "kvcompose", "pair"),
+        ("PyramidKVPress", {"beta": 4, "window_size": 8}, "pyramidkv(beta=4, window_size=8)", "pyramid(beta=4, window_size=8)"),
+        ("AdaKVPress", {"alpha_safeguard": 0.3}, SNAPKV, "adakv(alpha=0.3)"),
+    ],
+)  # fmt: skip
+def test_settings_go_to_the_scorer_and_the_level(name, settings, scorer, level):
+    found = make(name, **settings)
+    assert found.scorers() == (get_scorer(scorer),)
+    assert get_level(found.level()) == get_level(level)
+
+
+def test_the_first_argument_is_the_fraction_removed_and_can_be_changed_later():
+    found = kvpress.SnapKVPress(0.7, 8)
+    assert (found.compression_ratio, found.window_size) == (0.7, 8)
+    found.compression_ratio, found.window_size = 0.9, 16
+    (step,) = found.steps()
+    assert step.ratio == 0.1
+    assert step.scorers == (get_scorer("snapkv(window_size=16)"),)
+    around = kvpress.AdaKVPress(found)
+    around.compression_ratio = 0.25
+    assert found.compression_ratio == 0.25
+    assert around.steps()[0].ratio == 0.75
+
+
+def test_presses_are_dataclasses_that_compare_and_can_be_pickled():
+    found = kvpress.SnapKVPress(0.5)
+    assert dataclasses.is_dataclass(found)
+    assert found == kvpress.SnapKVPress(compression_ratio=0.5)
+    assert found != kvpress.SnapKVPress(0.5, window_size=8)
+    assert kvpress.SnapKVPress is importlib.import_module(kvpress.SnapKVPress.__module__).SnapKVPress
+
+
+def test_unknown_presses_are_named_with_the_nearest():
+    with pytest.raises(ImportError, match=r"SnapKvPress.*did you mean SnapKVPress"):
+        from kvzip.integrations.kvpress import SnapKvPress  # noqa: F401
+    with pytest.raises(AttributeError, match="nothing_such"):
+        kvpress.nothing_such  # noqa: B018
+    assert {"SnapKVPress", "AdaKVPress", "ComposedPress"} <= set(dir(kvpress))
+
+
+@pytest.mark.parametrize(
+    ("make_it", "words"),
+    [
+        (lambda: press("snapkw"), r"snapkw.*did you mean 'snapkv'"),
+        (lambda: press("snapkv", 1.0), r"compression_ratio.*\[0, 1\).*1.0"),
+        (lambda: press("snapkv", 0.5, level="pairs"), r"pairs.*did you mean 'pair'"),
+        (lambda: kvpress.SnapKVPress(-0.1).steps(), r"compression_ratio.*-0.1"),
+        (lambda: kvpress.SnapKVPress("0.5").steps(), r"compression_ratio.*'0.5'"),
+        (lambda: kvpress.SnapKVPress(0.5, window_size=0).steps(), r"window_size.*0"),
+        (lambda: kvpress.AdaKVPress(ComposedPress([])), r"AdaKVPress wraps.*SnapKVPress.*ComposedPress"),
+        (lambda: kvpress.AdaKVPress(make("ChunkKVPress")), r"AdaKVPress wraps.*ChunkKVPress"),
+        (lambda: PerLayerCompressionPress(press("knorm"), []), "compression_ratios is empty"),
+        (lambda: scorers_of(ComposedPress([press("snapkv", 0.5), press(SNAPKV, 0.5)]).steps()), "snapkv.*two settings"),
+    ],
+)
+def test_bad_settings_are_refused(make_it, words):
+    with pytest.raises(ValueError, match=words):
+        make_it()
+
+
+def test_the_fraction_kept_is_what_a_user_would_write():
+    assert [kept(one) for one in (0, 0.1, 0.7, 0.9, 0.95)] == [1, 0.9, 0.3, 0.1, 0.05]
+
+
+# -- inside the block --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make_it", "scorer", "level"),
+    [
+        (lambda: press(SNAPKV, 0.7), SNAPKV, None),
+        (lambda: press("knorm", 0.7, level="head"), "knorm", "head"),
+        (lambda: kvpress.KnormPress(0.7), "knorm", "pair-uniform"),
+        (lambda: kvpress.ExpectedAttentionPress(0.7), "expected_attention", "pair-uniform"),
+        (lambda: kvpress.CompactorPress(0.7), "compactor", "pair-uniform"),
+        (lambda: kvpress.AdaKVPress(kvpress.KeyDiffPress(0.7)), "keydiff", "adakv"),
+        (lambda: kvpress.ChunkKVPress(kvpress.KnormPress(0.7), 6), "knorm", "chunkkv(chunk_length=6)"),
+        (lambda: kvpress.KVComposePress(compression_ratio=0.7), "kvcompose", "kvcompose"),
+    ],
+)
+def test_the_same_pairs_are_kept_as_without_a_press(make_it, scorer, level, model):
+    kv = run(model, make_it())
+    _, expected = by_hand(model, scorer, 0.3, level)
+    assert torch.equal(kv.keep_mask, expected.keep_mask)
+    assert kv.nbytes == expected.nbytes
+    assert kv.nbytes < 0.4 * kv.full_nbytes
+    for layer in kv.context_layers:
+        assert layer.store.keys.untyped_storage().nbytes() < 0.4 * layer.sealed_length * layer.token_nbytes / 2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "smollm3", "phi3"])
+def test_an_evicted_dynamic_cache_answers_as_the_kv_does(name):
+    """The caller's own cache object, read by the stock model after the block, at the right positions."""
+    model = stock(name)
+    cache = DynamicCache()
+    with kvpress.AdaKVPress(kvpress.KnormPress(0.5))(model) as block, torch.no_grad():
+        outputs = model(tensor(CONTEXT), past_key_values=cache)
+    assert outputs.past_key_values is cache
+    assert cache.get_seq_length() == len(CONTEXT)
+    assert block.kv.ratio == 0.5
+    wrapped, kv = by_hand(model, "knorm", 0.5, "adakv")
+    with torch.no_grad():
+        found = model(tensor(QUERY), past_key_values=cache).logits
+        torch.testing.assert_close(found, wrapped(QUERY, kv), atol=1e-5, rtol=1e-4)
+        assert cache.get_seq_length() == len(CONTEXT) + len(QUERY)
+    restore(model)
+
+
+def test_the_pass_itself_is_the_stock_one(model):
+    with torch.no_grad():
+        expected = model(tensor(CONTEXT)).logits
+        with kvpress.KnormPress(0.5)(model):
+            found = model(tensor(CONTEXT)).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_generate_reads_the_compressed_context(model):
+    """In the block a prompt of `generate` is the context, whatever the level."""
+    with press("knorm", 0.5)(model) as block:
+        found = model.generate(tensor(CONTEXT), max_new_tokens=6, do_sample=False)
+    assert block.kv.ratio == 0.5
+    with torch.no_grad():  # the first new token comes from the pass itself, the others are read from what was kept
+        first = int(model(tensor(CONTEXT)).logits[0, -1].argmax())
+    wrapped, kv = by_hand(model, "knorm", 0.5)
+    rest = wrapped.generate([first], kv=kv, max_new_tokens=5, return_ids=True).tolist()
+    assert found[0, len(CONTEXT) :].tolist() == [first, *rest]
+
+
+def test_only_fresh_caches_are_compressed_and_each_of_them(model):
+    cache = DynamicCache()
+    with kvpress.KnormPress(0.5)(model) as block, torch.no_grad():
+        model(tensor(CONTEXT), past_key_values=cache)
+        first = block.kv
+        model(tensor(QUERY), past_key_values=cache)
+        assert block.kv is first
+        assert first.tail_length == len(QUERY)
+        model(tensor(QUERY), use_cache=False)
+        assert block.kv is first
+        model(tensor(CONTEXT[:30]))
+        assert block.kv.context_length == 30
+
+
+def test_the_decoder_alone_is_watched_too(model):
+    """As kvpress's own pipeline calls it, without the language-model head; and arguments by position."""
+    for call in (model.model, model):
+        with kvpress.KnormPress(0.5)(model) as block:
+            outputs = call(tensor(CONTEXT), torch.ones(1, len(CONTEXT), dtype=torch.int64))
+        assert isinstance(outputs.past_key_values, KVCache)
+        assert outputs.past_key_values is block.kv
+
+
+def test_protected_tokens_are_kept_and_not_counted(model):
+    kv = run(model, press("knorm", 0.5), prefix_length=7)
+    _, expected = by_hand(model, "knorm", 0.5, context=CONTEXT[7:], prefix=CONTEXT[:7])
+    assert torch.equal(kv.keep_mask, expected.keep_mask)
+    assert (kv.prefix_length, kv.context_length) == (7, 53)
+
+
+def test_nothing_removed_leaves_the_cache_alone(model):
+    cache = DynamicCache()
+    with kvpress.SnapKVPress()(model) as block, torch.no_grad():
+        model(tensor(CONTEXT), past_key_values=cache)
+    assert block.kv is None
+    assert cache.layers[0].keys.shape[-2] == len(CONTEXT)
+
+
+def test_presses_in_sequence_take_from_what_the_one_before_left(model):
+    both = ComposedPress([kvpress.KnormPress(0.5), kvpress.StreamingLLMPress(0.5)])
+    kv = run(model, both)
+    assert kv.ratio == 0.25
+    assert both.compression_ratio == 0.75
+    _, expected = by_hand(model, ["knorm", "streaming_llm"], 0.5, "pair-uniform")
+    expected.prune(0.25, "pair-uniform", scorer="streaming_llm")
+    assert torch.equal(kv.keep_mask, expected.keep_mask)
+
+
+def test_each_layer_may_have_its_own_ratio(model):
+    kv = run(model, PerLayerCompressionPress(kvpress.KnormPress(), [0.1, 0.3, 0.5, 0.7]))
+    assert kv.kv_len_per_head.tolist() == [[54, 54], [42, 42], [30, 30], [18, 18]]
+
+
+def test_a_threshold_says_itself_how_much_is_kept(model):
+    kv = run(model, kvpress.DMSPress(kvpress.KnormPress(), threshold=-2.0, sliding_window_size=5))
+    scores = kv.scores
+    expected = scores >= -2.0
+    expected[..., -5:] = True
+    assert 0 < int(expected[..., :-5].sum()) < expected[..., :-5].numel()
+    assert torch.equal(kv.keep_mask, expected)
+    with pytest.raises(ValueError, match="threshold.*None"):
+        run(model, kvpress.DMSPress(kvpress.KnormPress()))
+
+
+def test_a_share_of_heads_is_kept_whole(model):
+    found = kvpress.DuoAttentionPress(head_compression_ratio=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(found), "level", lambda self: get_level("duo(sink_size=2, recent_size=6)"))
+        kv = run(model, found)
+    lengths = kv.kv_len_per_head.flatten().tolist()
+    assert sorted(lengths) == [8] * 4 + [60] * 4
+
+
+def test_methods_that_prompt_the_model_find_the_tokenizer_beside_its_files():
+    model, _ = load("bundled", dtype="auto", device="cpu")
+    wrapped = ModelKVzip()
+    context = wrapped.encode("My name is Ada Moreno. I live in Lisbon. I work as a baker. " * 2)
+    kv = run(model, kvpress.KVzipPress(0.5), context=context)
+    expected = wrapped.prefill(context, prefix_ids=[], scorer="kvzip")
+    torch.testing.assert_close(kv.scores, expected.scores)
+    with pytest.raises(ValueError, match="tokenizer"):
+        run(build("llama"), kvpress.KVzipPress(0.5))
+
+
+# -- what is left on the model -----------------------------------------------------------------------------------------
+
+
+def test_a_model_reads_other_caches_as_before_and_can_be_restored(model):
+    before = model.config._attn_implementation
+    with torch.no_grad():
+        expected = model(tensor(CONTEXT)).logits
+    hooks = len(model.model._forward_hooks), len(model.model._forward_pre_hooks)
+    run(model, kvpress.KnormPress(0.5))
+    assert (len(model.model._forward_hooks), len(model.model._forward_pre_hooks)) == hooks
+    with torch.no_grad():
+        outputs = model(tensor(CONTEXT))
+    assert torch.equal(outputs.logits, expected)
+    assert type(outputs.past_key_values) is DynamicCache
+    restore(model)
+    assert model.config._attn_implementation == before
+
+
+def test_a_block_without_a_context_leaves_the_model_as_it_was(model):
+    before = model.config._attn_implementation
+    with kvpress.KnormPress(0.5)(model):
+        assert model.config._attn_implementation != before
+    assert model.config._attn_implementation == before
+    with pytest.raises(RuntimeError, match="mine"), kvpress.KnormPress(0.5)(model):
+        raise RuntimeError("mine")
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("failing", ["pass", "scoring"])
+def test_an_error_gives_the_cache_back_as_it_was(failing, model):
+    """Whether the forward pass raises or what comes after it; and the next context is compressed as usual."""
+    cache = DynamicCache(config=model.config)
+    layers = list(cache.layers)
+    found = kvpress.SnapKVPress(0.5, window_size=8 if failing == "pass" else 500)
+    handle = None
+    if failing == "pass":
+        handle = model.model.layers[2].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises((ZeroDivisionError, ValueError)), found(model):
+        model(tensor(CONTEXT), past_key_values=cache)
+    assert cache.layers == layers
+    assert cache.get_seq_length() == 0
+    assert torch.is_grad_enabled()
+    if handle is not None:
+        handle.remove()
+    found.window_size = 8
+    with found(model) as block, torch.no_grad():
+        model(tensor(CONTEXT), past_key_values=cache)
+    assert block.kv.ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"input_ids": torch.tensor([CONTEXT, CONTEXT])}, r"one context.*\(2, 60\)"),
+        ({"inputs_embeds": torch.zeros(1, 9, 32)}, "input_ids, got none"),
+        ({"input_ids": torch.tensor([CONTEXT]), "attention_mask": torch.tensor([[0] + [1] * 59])}, "attention_mask"),
+        ({"input_ids": torch.tensor([CONTEXT]), "position_ids": torch.arange(1, 61)[None]}, "positions.*0 to 59"),
+        ({"input_ids": torch.tensor([CONTEXT[:3]])}, "3 tokens, of which prefix_length=5"),
+    ],
+)
+def test_what_is_no_single_context_is_refused(inputs, words, model):
+    with pytest.raises(ValueError, match=words), kvpress.KnormPress(0.5)(model, prefix_length=5):
+        model(**inputs)
+
+
+def test_caches_of_other_kinds_are_refused(model):
+    fixed = StaticCache(config=model.config, max_cache_len=80)
+    with pytest.raises(ValueError, match=r"DynamicCache.*StaticCache"), kvpress.KnormPress(0.5)(model):
+        model(tensor(CONTEXT), past_key_values=fixed)
+    with pytest.raises(ValueError, match="prefix_length.*-1"):
+        kvpress.KnormPress(0.5)(model, prefix_length=-1)
+
+
+def test_finch_says_that_it_needs_a_question(model):
+    with pytest.raises(ValueError, match="finch.*query"):
+        run(model, kvpress.FinchPress(0.5))
+
+
+# -- kvpress's own numbers ---------------------------------------------------------------------------------------------
+
+DIFFERENT = {
+    ("criticalkv", "knorm"): "negative scores are shifted here",
+    ("criticalkv", "keydiff"): "negative scores are shifted here",
+    ("criticaladakv", "knorm"): "negative scores are shifted here",
+    ("criticaladakv", "keydiff"): "negative scores are shifted here",
+    ("chunk", "snapkv16_len128"): "kvpress takes queries at wrong positions",
+    ("block", "keydiff_block128"): "rescored here only where a function is given",
+    ("block", "keydiff_ratio075_block64"): "as above",
+    ("block", "keydiff_ratio075_block8"): "as above",
+    ("cur", "random_leverage"): "another random sketch",
+    ("kvcompose", "unstructured"): "the level is over all layers in both, its mask holds 2N",
+    ("lagkv", "lag32"): "ties over partitions",
+}
+FAMILIES = (
+    "knorm snapkv tova observed_attention streaming_llm expected_attention keydiff lagkv cap cur pyramidkv kvcompose "
+    "simlayerkv chunkkv entropy_gated_chunkkv chunk block criticalkv adakv criticaladakv"
+).split()
+
+
+@cache
+def cases():
+    path = golden.ROOT / "kvpress" / "MANIFEST.json"
+    if not path.is_file():
+        return []
+    manifest = golden.manifest("kvpress")
+    found = []
+    for file, facts in sorted(manifest["files"].items()):
+        if "/N700/" in file and facts.get("press") in FAMILIES:
+            name = manifest["presses"][facts["press"]]["class"]
+            found += [
+                (file, facts["press"], name, variant, one["hyperparameters"])
+                for variant, one in facts["variants"].items()
+                if (facts["press"], variant) not in DIFFERENT
+            ]
+    return found
+
+
+@pytest.mark.skipif(not cases(), reason="no golden files of kvpress")
+@pytest.mark.parametrize(("file", "family", "name", "variant", "settings"), cases(), ids=lambda one: str(one)[:40])
+def test_a_press_keeps_what_kvpress_keeps(file, family, name, variant, settings):
+    """One import changed: the same class with the same settings leaves the same pairs in the cache."""
+    cls = getattr(kvpress, name)
+    inner = settings.get("press")
+    known = {one.name for one in dataclasses.fields(cls)} - {"press"}
+    given = {key: value for key, value in settings.items() if key in known}
+    if inner is not None:
+        wrapped = eval(inner if "(" in inner else f"{inner}()", {key: getattr(kvpress, key) for key in PRESSES})
+        wrapped.compression_ratio = settings["compression_ratio"]
+        found = cls(wrapped, **given)
+    else:
+        found = cls(**given)
+    arch = file.split("/")[0]
+    context = golden.tensors("kvpress", f"{arch}/N700/inputs.safetensors")["input_ids"][0].tolist()
+    tensors = golden.tensors("kvpress", file)
+    expected = tensors[f"{variant}.kept_mask"].bool()
+    unclear = tensors.get(f"{variant}.ambiguous_mask", torch.zeros_like(expected)).bool()
+    if family == "simlayerkv":
+        found.lazy_threshold = settings.get("lazy_threshold", float(tensors[f"{variant}.lazy_threshold"]))
+    kv = run(golden.model(f"kvpress/{arch}/model").model, found, context=context)
+    assert torch.equal(kv.keep_mask[~unclear], expected[~unclear])
+    assert int((kv.keep_mask != expected).sum()) <= int(unclear.sum())
