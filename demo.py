@@ -45,7 +45,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="QUESTION",
         help="what to ask (default: questions about the generated document)",
     )
-    parser.add_argument("--exam", choices=data.generated_names(), default="kv", help="kind of generated document (default kv)")
+    parser.add_argument(
+        "--exam", choices=data.generated_names(), default="kv", help="kind of generated document (default kv)"
+    )
     parser.add_argument("--tokens", type=int, default=250, help="length of the generated document (default 250)")
     parser.add_argument("--seed", type=int, default=7, help="of the generated document (default 7)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default 64)")

@@ -86,7 +86,7 @@ class Registry(Generic[T]):
 
     def _settings(self, text: str) -> dict[str, Any]:
         try:
-            call = ast.parse(text.strip(), mode="eval").body
+            call = ast.parse(f"settings({text.partition('(')[2].strip()}", mode="eval").body
             if not isinstance(call, ast.Call) or call.args or any(one.arg is None for one in call.keywords):
                 raise ValueError("settings are written name=value")
             return {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}

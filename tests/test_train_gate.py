@@ -106,10 +106,10 @@ def test_texts_are_cut_into_documents(tmp_path):
 def test_from_documents_to_a_file_that_scores(kind, tmp_path, monkeypatch, capsys):
     """The command, with little to learn from: still far better than chance on documents it has not seen."""
     monkeypatch.setattr(train_gate, "STEPS", 60)
-    monkeypatch.setattr(train_gate, "LENGTHS", (256,))
+    monkeypatch.setattr(train_gate, "BATCH", 500)
     monkeypatch.setattr(train_gate, "HELD_OUT", 2)
     out = tmp_path / "gate"
-    command = f"train_gate --kind {kind} --positions 1000 --out {out}"
+    command = f"train_gate --kind {kind} --lengths 256 --positions 1000 --out {out}"
     monkeypatch.setattr(sys, "argv", command.split())
     train_gate.main()
     lines = capsys.readouterr().out.splitlines()

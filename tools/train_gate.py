@@ -31,7 +31,7 @@ from kvzip.scoring.gates import KINDS, Gate, LinearGate, LowRankGate, MLPGate
 from kvzip.scoring.methods.gate import TrainedGate
 
 TASKS = ("facts", "kv", "passkey")
-LENGTHS = (128, 256, 512, 1024, 1600)  # tokens of generated documents
+LENGTHS = (128, 256, 512, 1024, 1600)
 HELD_OUT = 6  # generated documents to compare on
 LEAST_SCORE = 1e-6  # smaller ones count as this: their logarithms would rule the sum of squares
 KEPT = 0.3  # fraction kept at which selections are compared
@@ -69,14 +69,16 @@ def observe(model: ModelKVzip, document: str | Sequence[int], scorer: str) -> Ex
     return Example(torch.stack(hidden), kv.scores)
 
 
-def generated(model: ModelKVzip, tasks: Sequence[str], split: str, seed: int) -> Iterator[str]:
-    """Documents of `tasks` in turn, without end."""
+def generated(
+    model: ModelKVzip, tasks: Sequence[str], split: str, seed: int, lengths: Sequence[int] = LENGTHS
+) -> Iterator[str]:
+    """Documents of `tasks` in turn and of `lengths` in tokens by chance, without end."""
     rng = random.Random(f"{split}/{seed}")
     room = (model.max_positions or 10**9) // 2  # KVzip repeats the document behind itself
-    lengths = [length for length in LENGTHS if length + 256 <= room] or LENGTHS[:1]
+    fitting = [length for length in lengths if length + 256 <= room] or [min(lengths)]
     index = 0
     while True:
-        options = {"split": split, "tokens": rng.choice(lengths), "count_tokens": model.tokenizer}
+        options = {"split": split, "tokens": rng.choice(fitting), "count_tokens": model.tokenizer}
         record = exams.generate(tasks[index % len(tasks)], seed * 1_000_003 + index, **options)
         yield record.context
         index += 1
@@ -221,6 +223,7 @@ def main() -> None:
     parser.add_argument("--kind", default="mlp", choices=KINDS)
     parser.add_argument("--text", type=Path, nargs="+", help="texts to learn from (default: generated documents)")
     parser.add_argument("--tasks", nargs="+", default=TASKS, help="what is generated where there are no texts")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of generated documents")
     parser.add_argument("--tokens", type=int, default=2000, help="length of the documents that texts are cut into")
     parser.add_argument("--positions", type=int, default=30_000, help="tokens to learn from")
     parser.add_argument("--scorer", default="kvzip", help="whose scores the gate learns")
@@ -240,8 +243,8 @@ def main() -> None:
         documents, held_out = cut[count:], cut[:count]
         data = ", ".join(path.name for path in args.text)
     else:
-        documents = generated(model, args.tasks, "train", args.seed)
-        held_out = islice(generated(model, args.tasks, "test", args.seed), HELD_OUT)
+        documents = generated(model, args.tasks, "train", args.seed, args.lengths)
+        held_out = islice(generated(model, args.tasks, "test", args.seed, args.lengths), HELD_OUT)
         data = f"generated, tasks {', '.join(args.tasks)}, train split"
     gates = train(
         model, args.kind, documents, scorer=args.scorer, positions=args.positions, width=args.width, seed=args.seed,

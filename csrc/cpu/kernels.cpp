@@ -120,7 +120,11 @@ void attend_quantized(const Attention& a, int64_t worker, const Layout& layout, 
         const auto all = [&](int64_t) { return tile.codes.count; };
         for (int64_t r = block; r < block_end; r += kRows) {
           const Fold fold = tile.fold(query + r * width, a.head_dim);
-          rows.pass(r, tile.query(), a.head_dim, tile.codes, r == block, a.softcap, all, &fold);
+          if (quantized.bits == 4) {
+            rows.pass(r, tile.query(), a.head_dim, tile.nibbles(), r == block, a.softcap, all, &fold);
+          } else {
+            rows.pass(r, tile.query(), a.head_dim, tile.codes, r == block, a.softcap, all, &fold);
+          }
         }
       }
     }

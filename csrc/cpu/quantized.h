@@ -1,5 +1,5 @@
-// A tile of quantised keys and values, made ready for `Rows::pass`: codes as bytes, scales and zeros folded into queries
-// and weights, so that nothing is turned back into floats but the codes, in registers.
+// A tile of quantised keys and values, made ready for `Rows::pass`: scales and zeros folded into queries and weights, so
+// that nothing is turned back into floats but the codes, in registers.
 #pragma once
 
 #include "kvzip/attention.h"
@@ -9,13 +9,100 @@
 namespace kvzip {
 namespace KVZIP_ISA {
 
-// Split the halves of `rows` rows of `width` channels into bytes.
-inline void unpack4(const uint8_t* __restrict from, int64_t rows, int64_t width, uint8_t* __restrict to) {
-  const int64_t half = width / 2;
-  for (int64_t row = 0; row < rows; ++row, from += half, to += width) {
-    for (int64_t j = 0; j < half; ++j) to[j] = from[j] & 15;
-    for (int64_t j = 0; j < half; ++j) to[half + j] = from[j] >> 4;
+// A byte of 4-bit codes: channel j in its low half, channel j + width / 2 in its high half.
+struct Nibbles {
+  uint8_t bits;
+};
+
+// The channels of kLanes bytes: those in the low halves, those in the high halves. Of the bytes from `n` on, zeros.
+struct Pair {
+  Vec low, high;
+};
+inline Pair load_pair(const Nibbles* p, int n) {
+  IVec codes;
+#if defined(__AVX512F__)
+  if (n == kLanes) {
+    codes = (IVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {__builtin_convertvector(codes & 15, Vec), __builtin_convertvector(codes >> 4, Vec)};
   }
+#endif
+  for (int i = 0; i < kLanes; ++i) codes[i] = i < n ? p[i].bits : 0;
+  return {__builtin_convertvector(codes & 15, Vec), __builtin_convertvector(codes >> 4, Vec)};
+}
+
+// As for other tiles, reading each byte once for its two channels.
+inline void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile<Nibbles>& tile, bool first,
+                   float softcap, const Fold* fold, float (*s)[kTile]) {
+  const int64_t width = padded(head_dim, kLanes), half = head_dim / 2;
+  const Vec bias = row_bias(fold);
+  for (int k = 0; k < tile.count; k += kKeys) {
+    const Nibbles* key[kKeys];
+    for (int j = 0; j < kKeys; ++j) {
+      const int i = std::min(k + j, tile.count - 1);
+      key[j] = tile.key(i);
+      if (first) fetch(tile.value(i), v_head_dim / 2);
+    }
+    Vec acc[kRows][kKeys] = {};
+    const auto add = [&](int64_t d, int n) __attribute__((always_inline)) {
+      Pair codes[kKeys];
+      for (int j = 0; j < kKeys; ++j) codes[j] = load_pair(key[j] + d, n);
+      for (int r = 0; r < kRows; ++r) {
+        const float* row = query + r * width + d;
+        const Vec low = load(row), high = n == kLanes ? load(row + half) : load_part(row + half, n);
+        for (int j = 0; j < kKeys; ++j) {
+          acc[r][j] += low * codes[j].low;
+          acc[r][j] += high * codes[j].high;
+        }
+      }
+    };
+    int64_t d = 0;
+    for (; d + kLanes <= half; d += kLanes) add(d, kLanes);
+    if (d < half) add(d, static_cast<int>(half - d));
+    store_logits(sums(acc) + bias, softcap, k, s);
+  }
+}
+
+// The channels of kBlock * kLanes bytes from `d` on, or of the last `n` of them.
+template <int kBlock>
+inline void accumulate_pairs(const float (*s)[kTile], const Update& update, const Tile<Nibbles>& tile, int64_t fetched,
+                             int64_t half, int64_t d, int n, float* out, int64_t record) {
+  Pair acc[kRows][kBlock];
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kBlock; ++j) {
+      const float* row = out + r * record + d + j * kLanes;
+      const Vec low = load(row), high = n == kLanes ? load(row + half) : load_part(row + half, n);
+      acc[r][j] = {low * update.keep[r] + update.shift[r], high * update.keep[r] + update.shift[r]};
+    }
+  }
+  for (int k = 0; k < tile.count; ++k) {
+    if (fetched) fetch(tile.next_keys + k * tile.key_stride, fetched / 2);
+    for (int j = 0; j < kBlock; ++j) {
+      const Pair codes = load_pair(tile.value(k) + d + j * kLanes, n);
+      for (int r = 0; r < kRows; ++r) {
+        acc[r][j].low += codes.low * s[r][k];
+        acc[r][j].high += codes.high * s[r][k];
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kBlock; ++j) {
+      float* row = out + r * record + d + j * kLanes;
+      store_part(row, acc[r][j].low, n);
+      store_part(row + half, acc[r][j].high, n);
+    }
+  }
+}
+
+inline void accumulate(const float (*s)[kTile], const Update& update, const Tile<Nibbles>& tile, int64_t fetched,
+                       int64_t v_head_dim, float* out, int64_t record) {
+  constexpr int kBlock = kLanes == 4 ? 1 : 2;
+  const int64_t half = v_head_dim / 2;
+  int64_t d = 0;
+  for (; d + kBlock * kLanes <= half; d += kBlock * kLanes) {
+    accumulate_pairs<kBlock>(s, update, tile, d ? 0 : fetched, half, d, kLanes, out, record);
+  }
+  for (; d + kLanes <= half; d += kLanes) accumulate_pairs<1>(s, update, tile, 0, half, d, kLanes, out, record);
+  if (d < half) accumulate_pairs<1>(s, update, tile, 0, half, d, static_cast<int>(half - d), out, record);
 }
 
 class QuantizedTile {
@@ -35,21 +122,9 @@ class QuantizedTile {
     if (codes.count == 0) return false;
     codes.keys = q.key_codes + row * key_bytes;
     codes.values = q.value_codes + row * value_bytes;
-    codes.key_stride = head_dim;
-    codes.value_stride = v_head_dim;
+    codes.key_stride = key_bytes;
+    codes.value_stride = value_bytes;
     codes.next_keys = more && first + 2 * kTile <= length ? codes.keys + kTile * key_bytes : nullptr;
-    if (q.bits == 4) {
-      if (codes.next_keys != nullptr) {
-        fetch(codes.next_keys, kTile * key_bytes);
-        fetch(codes.values + kTile * value_bytes, kTile * value_bytes);
-      }
-      auto* bytes = reinterpret_cast<uint8_t*>(unpacked_.get(kTile * (head_dim + v_head_dim) / 4));
-      unpack4(codes.keys, count, head_dim, bytes);
-      unpack4(codes.values, count, v_head_dim, bytes + kTile * head_dim);
-      codes.keys = bytes;
-      codes.values = bytes + kTile * head_dim;
-      codes.next_keys = nullptr;
-    }
     key_scales_ = reinterpret_cast<const float16*>(q.key_scales) + t * 2 * head_dim;
     const auto* pairs = reinterpret_cast<const float16*>(q.value_scales) + row * 2;
     for (int k = 0; k < kTile; ++k) {
@@ -84,8 +159,15 @@ class QuantizedTile {
 
   const float* query() { return scaled_.get(0); }
 
+  // The same tile as codes of 4 bits.
+  Tile<Nibbles> nibbles() const {
+    Tile<Nibbles> tile;
+    std::memcpy(&tile, &codes, sizeof tile);
+    return tile;
+  }
+
  private:
-  Scratch unpacked_, scaled_;
+  Scratch scaled_;
   const float16* key_scales_ = nullptr;
   alignas(64) float value_scale_[kTile];
   alignas(64) float value_zero_[kTile];

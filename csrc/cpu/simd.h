@@ -125,6 +125,15 @@ inline Vec load_part(const T* p, int n) {
   return load(lanes);
 }
 
+// The first `n` elements; n <= kLanes.
+inline void store_part(float* p, Vec v, int n) {
+  if (n == kLanes) {
+    store(p, v);
+  } else {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
+}
+
 inline Vec select(IVec mask, Vec a, Vec b) { return (Vec)((mask & (IVec)a) | (~mask & (IVec)b)); }
 
 // Unlike std::max these keep NaN: a head with one has a NaN result, not none.

@@ -46,15 +46,29 @@ struct Fold {
   const float* zero;
 };
 
+// fold->bias of each row, for all the keys of a group.
+inline Vec row_bias(const Fold* fold) {
+  Vec bias = {};
+  if (fold != nullptr) {
+    for (int i = 0; i < kRows * kKeys; ++i) bias[i] = fold->bias[i / kKeys];
+  }
+  return bias;
+}
+
+// Write the logits of kRows rows and the keys from `k` on.
+inline void store_logits(Vec sum, float softcap, int k, float (*s)[kTile]) {
+  if (softcap > 0) sum = softcapped(sum, softcap);
+  float lanes[kLanes];
+  store(lanes, sum);
+  for (int r = 0; r < kRows; ++r) std::memcpy(&s[r][k], lanes + r * kKeys, kKeys * sizeof(float));
+}
+
 // Logits of kRows packed query rows with the tile's keys: s[row][key], kTile columns. The query is already scaled.
 // With `first`, these are the first rows to see the tile, and its values are fetched on the way.
 template <class T>
 void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile<T>& tile, bool first, float softcap,
             const Fold* fold, float (*s)[kTile]) {
-  Vec bias = {};
-  if (fold != nullptr) {
-    for (int i = 0; i < kRows * kKeys; ++i) bias[i] = fold->bias[i / kKeys];
-  }
+  const Vec bias = row_bias(fold);
   const int64_t width = padded(head_dim, kLanes), whole = head_dim / kLanes * kLanes;
   for (int k = 0; k < tile.count; k += kKeys) {
     const T* key[kKeys];
@@ -78,11 +92,7 @@ void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile
         for (int r = 0; r < kRows; ++r) acc[r][j] += load(query + r * width + whole) * kv;
       }
     }
-    Vec sum = sums(acc) + bias;
-    if (softcap > 0) sum = softcapped(sum, softcap);
-    float lanes[kLanes];
-    store(lanes, sum);
-    for (int r = 0; r < kRows; ++r) std::memcpy(&s[r][k], lanes + r * kKeys, kKeys * sizeof(float));
+    store_logits(sums(acc) + bias, softcap, k, s);
   }
 }
 

@@ -78,8 +78,8 @@ class PrefillCall:
         row: index among the prunable layers.
         module: the attention module, for its weights.
         start: position of the first of the call's tokens, prefix included.
-        offset: how much later the tokens stand in the model's positions than `start` says: 0, but for a block that is read
-            after others, which a method sees as a context of its own.
+        offset: how much later the tokens stand in the model's positions than `start` says: 0, but for a block that is
+            read after others, which a method sees as a context of its own.
         length: tokens of prefix and context; a call with `start >= length` is of the query given to `prefill`.
         query: (num_heads, q_len, head_dim), after RoPE.
         keys, values: (num_key_value_heads, start + q_len, head_dim): everything so far, the call's own included.

@@ -255,10 +255,17 @@ def _from_tsv(path: Path) -> dict[str, Tensor]:
 
 
 def _only_layers(tensors: Mapping[str, Tensor], layers: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-    rows = {index: row for row, index in enumerate(layers)}
+    """Stacked tensors lose the other rows, numbered ones are dropped or numbered anew."""
+    numbered = {name: match for name in tensors if (match := LAYER_NAME.fullmatch(name))}
+    there = {int(match[1]) for match in numbered.values()}
     for name, tensor in tensors.items():
-        numbered = LAYER_NAME.fullmatch(name)
-        if numbered is None:
+        if name not in numbered:
+            if not all(0 <= index < len(tensor) for index in layers):
+                raise ValueError(f"layers {list(layers)} are not all among the {len(tensor)} of {name!r}")
             yield name, tensor[list(layers)]
-        elif int(numbered[1]) in rows:
-            yield f"layers.{rows[int(numbered[1])]}.{numbered[2]}", tensor
+    if there and not there.issuperset(layers):
+        raise ValueError(f"layers {list(layers)} are not all among {sorted(there)}")
+    for row, index in enumerate(layers):
+        for name, match in numbered.items():
+            if int(match[1]) == index:
+                yield f"layers.{row}.{match[2]}", tensors[name]

@@ -130,13 +130,12 @@ def entropy_chunkkv(case, size, few):
         k = count(case.ratio, case.n)
         if len(left) < k:
             raise OutOfReachError
-        pinned = [any(i in case.always and i in left for i in chunk) for chunk in chunks]
         taken = []
-        for j in sorted(range(len(chunks)), key=lambda j: (not pinned[j], -mean[j], j)):
+        for j in sorted(range(len(chunks)), key=lambda j: (-mean[j], j)):
             there = [i for i in chunks[j] if i in left]
             room = min(len(there), k - len(taken))
             if mean[j] >= lower_median(mean) and entropies[j] < lower_median(entropies):
-                room = min(room, max(few, len([i for i in there if i in case.always])))
+                room = min(room, few)
             taken += best(scores, room, there)
         left.sort(key=lambda i: (i not in case.always, i not in taken, -scores[i], i))
         case.keep[layer, :, left[:k]] = True

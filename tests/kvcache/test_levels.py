@@ -162,6 +162,14 @@ def test_spread_is_exact_and_never_takes_away(weights, most, data):
     assert all(abs(scale * weight - count) <= 1 + 1e-6 for weight, count in uneven)
 
 
+@pytest.mark.parametrize(
+    ("weights", "total", "counts"), [((1, 1, 1), 4, [2, 1, 1]), ((1, 3), 6, [2, 4]), ((3, 1), 6, [5, 1])]
+)
+def test_spread_gives_ties_to_the_lower_index(weights, total, counts):
+    """1 / 1.5 = 3 / 4.5: with 1 and 4 tokens both have the same claim to the next."""
+    assert spread(weights, total, 10) == counts
+
+
 def test_critical_prefers_large_values_for_negative_scores_too():
     """Two keys of equal knorm score: the larger value stays. Upstream's weighting drops it."""
     scores = torch.tensor([[[-1.0, -3.0, -3.0, -9.0]]])
@@ -193,6 +201,12 @@ def test_entropy_cuts_a_spiky_chunk_and_spends_what_that_saves():
     assert keep.flatten().nonzero().flatten().tolist() == [0, 4, 5, 6, 7, 11]
     whole = select(scores, 2 / 3, ChunkKV(4)).keep
     assert whole.flatten().nonzero().flatten().tolist() == list(range(8))
+
+
+def test_a_chunk_at_the_median_is_good_enough_to_be_cut():
+    scores = torch.tensor([2.0, 2, 2, 2, 5, 0, 0, 0, 1, 1, 1, 1])[None, None]
+    keep = select(scores, 8 / 12, EntropyChunkKV(4, 1)).keep
+    assert keep.flatten().nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 8, 9, 10]
 
 
 def test_block_streams_scores_that_change_with_the_company():

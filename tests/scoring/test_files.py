@@ -268,6 +268,10 @@ def test_layers_of_a_hybrid_model_are_picked(tmp_path):
     save_file(FILTERS, tmp_path / "release.safetensors")
     convert("qfilter", tmp_path / "release.safetensors", tmp_path / "out", layers=[1, 3])
     assert torch.equal(load_file(tmp_path / "out")["q_filters"], FILTERS["q_filters"][[1, 3]])
+    for method, tensors in (("kvzap", gates(layers=4)), ("qfilter", FILTERS)):
+        save_file(tensors, tmp_path / "release.safetensors")
+        with pytest.raises(ValueError, match=r"layers \[1, 4\] are not all among"):
+            convert(method, tmp_path / "release.safetensors", tmp_path / "out", layers=[1, 4])
 
 
 def test_what_is_no_release_of_the_method_is_refused(tmp_path):

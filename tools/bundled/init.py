@@ -75,7 +75,7 @@ def initialize(model: LlamaForCausalLM, *, seed: int) -> None:
 
 @torch.no_grad()
 def load_grown(model: LlamaForCausalLM, start: LlamaForCausalLM) -> None:
-    """Copy the weights of `start`, perhaps with fewer layers, KV heads or dimensions, into `model`, which computes the same.
+    """Copy `start`, which may have fewer layers, KV heads or dimensions, into `model`, which then computes the same.
 
     Layers that `start` lacks go in behind its second one and begin as the identity, with output matrices of zero. KV
     heads that it lacks begin as copies. Wider heads keep the RoPE frequencies that they had, every second one of the

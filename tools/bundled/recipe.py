@@ -17,6 +17,7 @@ CLIP = 1.0
 WARMUP_STEPS = 50
 DECAY_FROM = 0.7  # share of the time after which the learning rate falls, to FLOOR of its peak
 FLOOR = 0.05
+SHARES = {"niah_multivalue": 0.25, "niah_multiquery": 0.25}  # long answers, wrong for long whatever their share
 FEWEST = 0.08  # weight of a task that is always right; the others are drawn by how often they are wrong
 
 
@@ -73,7 +74,7 @@ STAGES = (
     Stage("mix-384", (64, 384), 4096, repeats=0.1, until=0.95, share=0.25),
     Stage("mix-768", (64, 768), 6144, repeats=0.1, until=0.95, share=0.45),
     Stage("mix-1k", (64, 1200), 6144, repeats=0.15, until=0.95, share=0.55),
-    Stage("mix-2k", (64, 2300), 8192, until=0.95, share=0.8),
+    Stage("mix-2k", (64, 2300), 8192, until=0.95, share=1.0),
     Stage("mix-4k", (64, 4400), 9000),
 )
 
@@ -87,7 +88,7 @@ def batch(sampler: Sampler, stage: Stage, rng: random.Random, accuracy: Mapping[
     low, high = stage.lengths
     length = rng.randint(low, high) if rng.random() < 0.35 else rng.randint((low + high) // 2, high)
     tasks = QA_TASKS if length >= RULER_ROOM else OWN_TASKS
-    weights = [FEWEST + 1.0 - accuracy.get(task, 0.0) for task in tasks]
+    weights = [SHARES.get(task, 1.0) * (FEWEST + 1.0 - accuracy.get(task, 0.0)) for task in tasks]
     samples = []
     for _ in range(max(1, round(stage.tokens / length))):
         kind = rng.random()

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvzip.kvcache.levels.adakv import lift
 from kvzip.kvcache.levels.chunkkv import always_kept, chunk_means, in_chunks
 from kvzip.kvcache.levels.critical import top_of_each
-from kvzip.kvcache.selection import Level, Request, Selection, num_kept, register
+from kvzip.kvcache.selection import Level, Request, Selection, num_kept, register, top_available
 
 _EPSILON = 1e-8
 
@@ -46,21 +46,20 @@ class EntropyChunkKV(Level):
     def choose(self, request: Request) -> Selection:
         """Choose the same positions in all heads of a layer."""
         scores = request.scores.double().sum(1)
-        k = torch.full((len(scores), 1), num_kept(request.ratio, scores.shape[-1]))
+        k = num_kept(request.ratio, scores.shape[-1])
         available = None if request.available is None else request.available.all(1)
         always = always_kept(request.scores).expand_as(scores)
         there = torch.ones_like(always) if available is None else available
-        chosen = torch.stack([self.by_chunks(*row) for row in zip(scores, there, always, k.flatten(), strict=True)])
-        keep = top_of_each(lift(lift(scores, chosen), always), available, k)
+        chosen = torch.stack([self.by_chunks(*layer, k) for layer in zip(scores, there, strict=True)])
+        keep = top_available(lift(lift(scores, chosen), always), available, k, "positions of all heads of a layer")
         return Selection(keep[:, None].expand_as(request.scores).contiguous(), None)
 
-    def by_chunks(self, scores: Tensor, available: Tensor, always: Tensor, budget: Tensor) -> Tensor:
+    def by_chunks(self, scores: Tensor, available: Tensor, budget: int) -> Tensor:
         """Take chunks in the order of their means until the budget of one layer is spent.
 
         Args:
             scores: (n,), summed over the heads.
             available: (n,) bool, what may be taken.
-            always: (n,) bool, what a spiky chunk keeps too.
 
         Returns:
             (n,) bool, at most `budget` tokens.
@@ -68,11 +67,9 @@ class EntropyChunkKV(Level):
         size = self.chunk_length
         means, entropy = chunk_means(scores[None], size)[0], chunk_entropies(scores, size)
         counts = in_chunks(available, size, False).sum(-1)
-        pinned = in_chunks(always & available, size, False).sum(-1)
         spiky = (means >= means.median()) & (entropy < entropy.median())
-        few = torch.maximum(counts.clamp(max=self.low_entropy_chunk_length), pinned)
-        wanted = torch.where(spiky, few, counts)
-        order = lift(means, pinned > 0).argsort(descending=True, stable=True)
+        wanted = torch.where(spiky, counts.clamp(max=self.low_entropy_chunk_length), counts)
+        order = means.argsort(descending=True, stable=True)
         before = wanted[order].cumsum(0) - wanted[order]
         taken = torch.zeros_like(wanted)
         taken[order] = torch.minimum(wanted[order], (budget - before).clamp(min=0))

@@ -11,7 +11,6 @@ from kvzip.scoring.base import Blend, LayerView, Notes, PrefillCall, PrefillScor
 from kvzip.scoring.files import FileScorer
 from kvzip.scoring.registry import register
 
-
 SIZES = ("sink_size", "recent_size")
 
 

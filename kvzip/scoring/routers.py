@@ -1,0 +1,320 @@
+"""Routers: which experts judge a token, told from what enters the attention module (arXiv 2508.06526, PiKVpress).
+
+A router has two parts. `tokens` looks at each token by itself, so it runs while the prefill passes by and leaves a few
+numbers a token. `forward` then looks at the whole context: it turns them into weights of the experts, top k of them a
+token, no expert with more tokens than its capacity. All in float32, without dropout.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+BALANCE_MODES = ("entropy", "variance", "gini")
+ROUNDS = 50  # of the iteration that makes loads equal
+
+
+class Routing(NamedTuple):
+    """What a router decided for a context of n tokens.
+
+    Attributes:
+        probs: (n, num_experts), what the router thinks of the experts.
+        weights: (n, num_experts), what comes of it; rows sum to 1.
+        factor: (n,), in [0.5, 1], higher for important tokens.
+        importance: (n,) in [0, 1]; None for routers that do not look for it.
+        balance_loss: scalar, least where all experts are used alike.
+    """
+
+    probs: Tensor
+    weights: Tensor
+    factor: Tensor
+    importance: Tensor | None
+    balance_loss: Tensor
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """PiKVpress's settings of a router, and the width of its hidden layers.
+
+    Args:
+        num_experts: how many there are.
+        top_k: experts a token.
+        capacity_factor: an expert takes up to this times its fair share of the tokens, the most certain first.
+        router_type: "base" | "topk_balanced" | "adaptive" | "pikv" | "eplb" | "hierarchical".
+        cache_aware: type pikv looks at how much of the attention each expert would keep.
+        importance_threshold: of types adaptive and pikv: tokens above it count twice.
+        adaptive_top_k: of the same: experts a token from 1 to `top_k`, by context.
+        aux_loss_weight: of the balance loss, in training.
+        balance_mode, balance_coefficient: what type topk_balanced adds to the balance loss.
+        temperature: of type eplb's softmax.
+        num_groups, group_top_k: of type hierarchical: equal groups of experts, and how many of them a token has.
+        width: hidden units; PiKVpress has as many as the model.
+    """
+
+    num_experts: int = 4
+    top_k: int = 2
+    capacity_factor: float = 1.5
+    router_type: str = "pikv"
+    cache_aware: bool = True
+    importance_threshold: float = 0.5
+    adaptive_top_k: bool = True
+    aux_loss_weight: float = 0.01
+    balance_mode: str = "entropy"
+    balance_coefficient: float = 0.01
+    temperature: float = 1.0
+    num_groups: int = 4
+    group_top_k: int = 1
+    width: int = 64
+
+    def check(self) -> None:
+        """Raise ValueError for a setting that makes no router."""
+        for name, choices in (("router_type", tuple(ROUTERS)), ("balance_mode", BALANCE_MODES)):
+            value = getattr(self, name)
+            if value not in choices:
+                near = difflib.get_close_matches(str(value), choices, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"unknown {name} {value!r}; expected one of {choices}{hint}")
+        for name in ("num_experts", "top_k", "num_groups", "group_top_k", "width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
+        for name in ("capacity_factor", "temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        for name in ("aux_loss_weight", "balance_coefficient"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {value!r}")
+        if not 0 <= self.importance_threshold <= 1:
+            raise ValueError(f"importance_threshold must be from 0 to 1, got {self.importance_threshold!r}")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
+        if self.router_type == "hierarchical":
+            if self.num_experts % self.num_groups:
+                raise ValueError(
+                    f"num_experts={self.num_experts} do not make num_groups={self.num_groups} equal groups"
+                )
+            if self.group_top_k > self.num_groups:
+                raise ValueError(f"group_top_k={self.group_top_k} is more than num_groups={self.num_groups}")
+
+
+def perceptron(inputs: int, width: int, outputs: int) -> nn.Sequential:
+    """Two linear maps with a ReLU between them, their weights not set; nothing is drawn."""
+    first, last = (nn.utils.skip_init(nn.Linear, *sizes) for sizes in ((inputs, width), (width, outputs)))
+    return nn.Sequential(first, nn.ReLU(), last)
+
+
+class Router(nn.Module):
+    """Type base: the experts' probabilities are a softmax over the output of a perceptron."""
+
+    adjusting: ClassVar[tuple[str, ...]] = ()  # parts that change nothing before they are trained
+
+    def __init__(self, hidden_size: int, settings: RouterSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.router = perceptron(hidden_size, settings.width, settings.num_experts)
+
+    def draw(self, generator: torch.Generator) -> Router:
+        """Set all weights: Xavier-normal ones, biases of 0, and adjustments that change nothing."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                _ = nn.init.xavier_normal_(parameter, generator=generator) if parameter.ndim > 1 else parameter.zero_()
+            for name in self.adjusting:
+                self.get_submodule(name)[-1].weight.zero_()  # type: ignore[index, operator, union-attr]
+        return self.eval().requires_grad_(False)
+
+    def tokens(self, hidden: Tensor) -> Tensor:
+        """Numbers of each token: (n, hidden_size) -> (n, columns)."""
+        return self.router(hidden.float())
+
+    def forward(self, tokens: Tensor, mean: Tensor, hit_rates: Tensor) -> Routing:
+        """Route a context.
+
+        Args:
+            tokens: (n, columns), what `tokens` gave.
+            mean: (hidden_size,), mean of the hidden states.
+            hit_rates: (num_experts,), share of the attention that each expert would keep.
+        """
+        probs = tokens.softmax(-1)
+        return self.routed(probs, self.dispatch(probs, self.settings.top_k), self.balance(probs))
+
+    def dispatch(self, probs: Tensor, top_k: int, capacity_factor: float | None = None) -> Tensor:
+        """Weights (n, num_experts) from probabilities: the top k that have room for the token, summing to 1.
+
+        Where all of a token's experts are full, its probabilities are its weights.
+        """
+        chosen = top_experts(probs, top_k)
+        factor = self.settings.capacity_factor if capacity_factor is None else capacity_factor
+        capacity = max(1, int(len(probs) * factor * top_k / probs.shape[1]))
+        order = probs.detach().masked_fill(~chosen, -1).argsort(dim=0, descending=True, stable=True)
+        place = torch.zeros_like(order).scatter_(
+            0, order, torch.arange(len(probs), device=order.device)[:, None].expand_as(order)
+        )
+        weights = probs * (chosen & (place < capacity))
+        total = weights.sum(-1, keepdim=True)
+        return torch.where(total > 0, weights / total.clamp_min(1e-20), probs)
+
+    def balance(self, probs: Tensor) -> Tensor:
+        """num_experts * sum of (mean probability * share of the top k), 1 where experts are used alike."""
+        usage = top_experts(probs, self.settings.top_k).float().mean(0) / self.settings.top_k
+        return probs.shape[1] * (probs.mean(0) * usage).sum()
+
+    def routed(self, probs: Tensor, weights: Tensor, balance_loss: Tensor) -> Routing:
+        """A routing that treats all tokens alike."""
+        return Routing(probs, weights, torch.ones_like(probs[:, 0]), None, balance_loss)
+
+
+class TopKBalancedRouter(Router):
+    """Type topk_balanced: as base, with a balance loss over the mean probabilities too."""
+
+    def balance(self, probs: Tensor) -> Tensor:
+        """The base's, plus 1 - normalised entropy, the variance, or the Gini coefficient of the mean probabilities."""
+        return super().balance(probs) + self.settings.balance_coefficient * unevenness(
+            probs.mean(0), self.settings.balance_mode
+        )
+
+
+class AdaptiveRouter(Router):
+    """Type adaptive: important tokens count twice, and the context says how many experts a token has."""
+
+    adjusting = ("importance_predictor", "top_k_predictor")
+
+    def __init__(self, hidden_size: int, settings: RouterSettings) -> None:
+        super().__init__(hidden_size, settings)
+        self.importance_predictor = perceptron(hidden_size, settings.width, 1)
+        self.top_k_predictor = perceptron(hidden_size + 1, settings.width, settings.top_k)
+
+    def tokens(self, hidden: Tensor) -> Tensor:
+        """Logits of the experts, and of the importance."""
+        hidden = hidden.float()
+        return torch.cat([self.router(hidden), self.importance_predictor(hidden)], dim=-1)
+
+    def forward(self, tokens: Tensor, mean: Tensor, hit_rates: Tensor) -> Routing:
+        """See `Router`."""
+        probs = (tokens[:, :-1] + self.adjustment(mean, hit_rates)).softmax(-1)
+        importance = tokens[:, -1].sigmoid()
+        weights = self.by_count(probs, self.counts(mean, importance))
+        important = (importance > self.settings.importance_threshold).float()
+        if self.training:
+            important = important + importance - importance.detach()
+        return Routing(probs, weights, (1 + important) / 2, importance, self.balance(probs))
+
+    def adjustment(self, mean: Tensor, hit_rates: Tensor) -> Tensor | float:
+        """What is added to the experts' logits."""
+        return 0.0
+
+    def counts(self, mean: Tensor, importance: Tensor) -> Tensor:
+        """(top_k,): how much 1, 2 ... experts a token are wanted; the most likely one alone, but for training."""
+        if not self.settings.adaptive_top_k:
+            return torch.eye(self.settings.top_k, device=mean.device)[-1]
+        wanted = self.top_k_predictor(torch.cat([mean, importance.mean()[None]])).softmax(-1)
+        if self.training:
+            return wanted
+        best = len(wanted) - 1 - int(wanted.flip(0).argmax())  # ties go to the larger number
+        return torch.eye(len(wanted), device=mean.device)[best]
+
+    def by_count(self, probs: Tensor, counts: Tensor) -> Tensor:
+        """Weights for each number of experts, mixed."""
+        mixed = (share * self.dispatch(probs, k) for k, share in enumerate(counts, start=1) if share > 0)
+        return torch.stack(list(mixed)).sum(0)
+
+
+class PiKVRouter(AdaptiveRouter):
+    """Type pikv: as adaptive, and experts that keep much of the attention of this context may be preferred."""
+
+    adjusting = (*AdaptiveRouter.adjusting, "cache_router_adjustment")
+
+    def __init__(self, hidden_size: int, settings: RouterSettings) -> None:
+        super().__init__(hidden_size, settings)
+        if settings.cache_aware:
+            inputs = hidden_size + settings.num_experts
+            self.cache_router_adjustment = perceptron(inputs, settings.width, settings.num_experts)
+        else:
+            self.adjusting = AdaptiveRouter.adjusting  # type: ignore[misc]
+
+    def adjustment(self, mean: Tensor, hit_rates: Tensor) -> Tensor | float:
+        """(num_experts,) in [-1, 1]"""
+        if not self.settings.cache_aware:
+            return 0.0
+        return self.cache_router_adjustment(torch.cat([mean, hit_rates])).tanh()
+
+
+class EPLBRouter(Router):
+    """Type eplb: biases on the experts' logits, found for each context, make their mean probabilities equal.
+
+    PiKVpress moves weights from call to call instead, so that a context's result depends on those before it.
+    """
+
+    def forward(self, tokens: Tensor, mean: Tensor, hit_rates: Tensor) -> Routing:
+        """See `Router`; an expert takes its fair share of tokens and no more."""
+        logits = tokens / self.settings.temperature
+        bias = torch.zeros_like(logits[0])
+        with torch.no_grad():
+            for _ in range(ROUNDS):
+                bias -= (logits + bias).softmax(-1).mean(0).clamp_min(1e-20).log() + math.log(len(bias))
+        probs = (logits + bias).softmax(-1)
+        weights = self.dispatch(probs, self.settings.top_k, min(1.0, self.settings.capacity_factor))
+        return self.routed(probs, weights, self.balance(logits.softmax(-1)))
+
+
+class HierarchicalRouter(Router):
+    """Type hierarchical: groups of experts first, then experts of the best groups."""
+
+    def __init__(self, hidden_size: int, settings: RouterSettings) -> None:
+        super().__init__(hidden_size, settings)
+        del self.router
+        size = settings.num_experts // settings.num_groups
+        self.group_router = perceptron(hidden_size, settings.width, settings.num_groups)
+        parts = [perceptron(hidden_size, settings.width, size) for _ in range(settings.num_groups)]
+        self.intra_group_routers = nn.ModuleList(parts)
+
+    def tokens(self, hidden: Tensor) -> Tensor:
+        """Logits of the groups, and of the experts in each."""
+        hidden = hidden.float()
+        return torch.cat([self.group_router(hidden), *(one(hidden) for one in self.intra_group_routers)], dim=-1)
+
+    def forward(self, tokens: Tensor, mean: Tensor, hit_rates: Tensor) -> Routing:
+        """See `Router`."""
+        count = self.settings.num_groups
+        groups = tokens[:, :count].softmax(-1)
+        experts = tokens[:, count:].unflatten(-1, (count, -1)).softmax(-1)
+        best = groups * top_experts(groups, self.settings.group_top_k)
+        probs = (best[..., None] * experts).flatten(1)
+        probs = probs / probs.sum(-1, keepdim=True)
+        usage = top_experts(groups, self.settings.group_top_k).float().mean(0) / self.settings.group_top_k
+        loss = count * (groups.mean(0) * usage).sum() + self.balance(probs)
+        return self.routed(probs, self.dispatch(probs, self.settings.top_k), loss)
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "base": Router,
+    "topk_balanced": TopKBalancedRouter,
+    "adaptive": AdaptiveRouter,
+    "pikv": PiKVRouter,
+    "eplb": EPLBRouter,
+    "hierarchical": HierarchicalRouter,
+}
+
+
+def top_experts(probs: Tensor, top_k: int) -> Tensor:
+    """Mark the `top_k` largest of each row, as far as they are above 0: (n, num_experts) bool."""
+    best = probs.topk(min(top_k, probs.shape[1]), dim=-1).indices
+    return torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, best, True) & (probs > 0)
+
+
+def unevenness(shares: Tensor, mode: str) -> Tensor:
+    """How far `shares` (num_experts,), summing to 1, are from equal, 0 where they are; see `BALANCE_MODES`."""
+    count = len(shares)
+    if mode == "variance" or count == 1:
+        return (shares - 1 / count).square().mean()
+    if mode == "entropy":
+        return 1 + (shares * shares.clamp_min(1e-20).log()).sum() / math.log(count)
+    rank = torch.arange(1, count + 1, device=shares.device)
+    return (2 * (rank * shares.sort().values).sum() / shares.sum() - (count + 1)) / count
