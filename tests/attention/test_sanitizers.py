@@ -12,13 +12,13 @@ from kvzip.attention import build
 
 SANITIZE = ("-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ROOT / "csrc/tests/cpu_kernels.cpp"
+PROGRAMS = [ROOT / "csrc/tests" / name for name in ("cpu_kernels.cpp", "quantized_kernels.cpp")]
 
 compiler = next((found for found in map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++")) if found), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(compiler is None, reason="no C++ compiler"),
-    pytest.mark.skipif(not PROGRAM.exists(), reason="not a checkout: csrc/tests is missing"),
+    pytest.mark.skipif(not PROGRAMS[0].exists(), reason="not a checkout: csrc/tests is missing"),
 ]
 
 
@@ -45,12 +45,13 @@ def sanitizers(tmp_path):
 def test_kernels_and_schedule_are_right_and_clean(tmp_path):
     """Every instruction set of this processor against double, threads and all, without one finding of a sanitizer."""
     objects = compile_kernels(tmp_path, SANITIZE)
-    program = tmp_path / "cpu_kernels"
     include = f"-I{build.sources() / 'include'}"
-    subprocess.run([compiler, *SANITIZE, include, str(PROGRAM), *objects, "-pthread", "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr[-4000:]
-    assert re.search(r"^0 of \d{5,} checks failed; instruction sets:.* generic$", done.stdout, re.MULTILINE)
+    for source in PROGRAMS:
+        program = tmp_path / source.stem
+        subprocess.run([compiler, *SANITIZE, include, str(source), *objects, "-pthread", "-o", program], check=True)
+        done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr[-4000:]
+        assert re.search(r"^0 of \d{5,} checks failed; instruction sets:.* generic$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm to read symbols with")
