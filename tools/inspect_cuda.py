@@ -1,7 +1,7 @@
 """Show what the compiler made of the CUDA kernels: registers, spills, tensor-core and memory instructions.
 
-Exits with 1 if a tensor-core kernel spills, touches local memory or has no HMMA. Without a disassembler only the
-compiler's report is judged, and the output says so.
+Exits with 1 if a tensor-core kernel spills, touches local memory, or has no HMMA or no asynchronous copies of 16 bytes.
+Without a disassembler only the compiler's report is judged, and the output says so.
 
     python tools/inspect_cuda.py --architectures 80 90
     python tools/inspect_cuda.py --library kvzip/attention/_cuda.so
@@ -9,6 +9,7 @@ compiler's report is judged, and the output says so.
 
 import argparse
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -47,15 +48,14 @@ class Kernel:
 
     @property
     def uses_tensor_cores(self) -> bool:
-        return "Math16<" in self.name or "ColumnMax16<" in self.name
+        return any(f"{kind}<" in self.name for kind in ("Math16", "Codes16", "ColumnMax16"))
 
     def faults(self, disassembled: bool) -> list[str]:
         """What is wrong with it, in words."""
         found = [f"{self.spills} bytes of spills and stack"] if self.spills else []
         if self.instructions["local"]:
             found.append(f"{self.instructions['local']} local-memory instructions")
-        if disassembled and not self.instructions["HMMA"]:
-            found.append("no HMMA")
+        found += [f"no {name}" for name in ("HMMA", "LDGSTS.128") if disassembled and not self.instructions[name]]
         return found if self.uses_tensor_cores else []
 
 
@@ -76,10 +76,10 @@ def demangle(names: list[str]) -> dict[str, str]:
     return {name: re.sub(r"^void |kvzip::|\(.*\)$", "", text) for name, text in zip(names, out, strict=True)}
 
 
-def compile_kernels(nvcc: str, architecture: str, cubin: Path) -> list[Kernel]:
-    """Compile all kernels for one architecture and read the assembler's report."""
+def compile_kernels(nvcc: str, architecture: str, source: Path, cubin: Path) -> list[Kernel]:
+    """Compile the kernels of a file for one architecture and read the assembler's report."""
     command = [nvcc, "-O3", "-std=c++17", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", "-o", str(cubin)]
-    command += [f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cuda", f"{ROOT}/csrc/cuda/launch.cu"]
+    command += [f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cuda", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"nvcc failed for sm_{architecture}:\n{done.stderr[-4000:]}")
@@ -123,9 +123,10 @@ def main() -> int:
         if (nvcc := find_tool("nvcc")) is None:
             sys.exit("no nvcc found")
         with tempfile.TemporaryDirectory() as folder:
-            for architecture in args.architectures:
-                cubin = Path(folder) / f"{architecture}.cubin"
-                compiled = compile_kernels(nvcc, architecture, cubin)
+            sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+            for architecture, source in itertools.product(args.architectures, sources):
+                cubin = Path(folder) / f"{source.stem}_{architecture}.cubin"
+                compiled = compile_kernels(nvcc, architecture, source, cubin)
                 counted = {k.name: k.instructions for k in disassemble(cuobjdump, cubin)} if cuobjdump else {}
                 for kernel in compiled:
                     kernel.instructions = counted.get(kernel.name, Counter())

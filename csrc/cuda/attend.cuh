@@ -119,13 +119,13 @@ struct Attend {
     const uint32_t keys = ring + stage * Memory::kStageBytes;
     float s[1][kBlocks][4];
     Math::scores(keys, query, lane, s[0]);
-    to_logits(s, p.scaling, p.softcap);
+    to_logits(s, p.logits);
     if (!sees_all(walk, position)) hide(walk, position, s[0]);
     running.weigh(s, math);
     math.accumulate(keys + kWarpKeys * Math::kRowBytes, lane, s[0]);
   }
 
-  __device__ __forceinline__ void flush() { running.flush(p, segment, math, outputs); }
+  __device__ __forceinline__ void flush(const Steps&) { running.flush(p, segment, math, outputs); }
 
   __device__ __forceinline__ void run() {
     Steps walk;

@@ -8,120 +8,22 @@
 
 #include <limits>
 #include <optional>
-#include <sstream>
 #include <tuple>
 
-#include "launch.h"
+#include "checks.h"
 
 // Absent where torch is built without CUDA; the library must load there all the same.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace {
 
-using kvzip::DType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
-
-template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  ((message << parts), ...);
-  throw std::runtime_error(message.str());
-}
-
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i == 0 ? "" : ", ") << tensor.size(i);
-  text << ')';
-  return text.str();
-}
-
-void require_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  int64_t i = 0;
-  for (const int64_t size : shape) same = same && tensor.size(i++) == size;
-  std::ostringstream wanted;
-  for (const int64_t size : shape) wanted << (wanted.tellp() > 0 ? ", " : "") << size;
-  require(same, name, " has shape ", shape_of(tensor), "; expected (", wanted.str(), ")");
-}
-
-DType dtype_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: require(false, name, " has an unsupported dtype; expected float32, bfloat16 or float16");
-  }
-  return DType::kFloat32;
-}
-
-void require_dtype(const char* name, const Tensor& tensor, ScalarType dtype, const char* dtype_name) {
-  require(tensor.scalar_type() == dtype, name, " must be ", dtype_name);
-}
-
-void require_device(const char* name, const Tensor& tensor, const Tensor& query) {
-  require(tensor.device() == query.device(), name, " must be on the query's device");
-}
-
-// An index or length tensor: int64, contiguous.
-const int64_t* integers(const char* name, const Tensor& tensor, const Tensor& query,
-                        std::initializer_list<int64_t> shape) {
-  require_device(name, tensor, query);
-  require_dtype(name, tensor, ScalarType::Long, "int64");
-  require_shape(name, tensor, shape);
-  require(tensor.is_contiguous(), name, " must be contiguous");
-  return static_cast<const int64_t*>(tensor.data_ptr());
-}
-
-// Whether every row can be read 16 bytes at a time.
-bool is_aligned(const Tensor& tensor) {
-  const int64_t item = static_cast<int64_t>(tensor.element_size()), last = tensor.dim() - 1;
-  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0 || (tensor.size(last) > 1 && tensor.stride(last) != 1)) {
-    return false;
-  }
-  for (int64_t i = 0; i < last; ++i) {
-    if (tensor.size(i) > 1 && tensor.stride(i) * item % 16 != 0) return false;
-  }
-  return true;
-}
-
-// Keys or values: the query's dtype and device, rows that can be read 16 bytes at a time.
-void require_rows(const char* name, const Tensor& tensor, const Tensor& query) {
-  require_device(name, tensor, query);
-  require(tensor.scalar_type() == query.scalar_type(), name, " and query must have the same dtype");
-  require(tensor.numel() == 0 || is_aligned(tensor), name,
-          " must have a contiguous last dimension, and rows that begin at multiples of 16 bytes");
-}
-
-int head_dim_of(const Tensor& query) {
-  const int64_t head_dim = query.size(query.dim() - 1);
-  require(kvzip::is_supported(head_dim), "query has head_dim ", head_dim, "; expected one of 64, 96, 128, 256");
-  return static_cast<int>(head_dim);
-}
-
-// Number of query heads per KV head.
-int groups_of(int64_t query_heads, int64_t kv_heads) {
-  require(kv_heads > 0 && query_heads % kv_heads == 0, "query has ", query_heads,
-          " heads, which is not a multiple of the ", kv_heads, " KV heads");
-  return static_cast<int>(query_heads / kv_heads);
-}
-
-float softcap_of(const std::optional<double>& softcap) {
-  require(!softcap || *softcap > 0, "softcap must be positive or None");
-  return softcap ? static_cast<float>(*softcap) : 0.0f;
-}
-
-kvzip::Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
+using namespace kvzip;
 
 #if defined(KVZIP_EMULATED)
 
 struct CurrentPlace {
   explicit CurrentPlace(const Tensor&) {}
-  kvzip::Place place{0, nullptr};
+  Place place{0, nullptr};
 };
 
 #else
@@ -146,7 +48,7 @@ struct CurrentPlace {
     STABLE_TORCH_ERROR_CODE_CHECK(current_stream(place.device, &place.stream));
   }
   torch::stable::accelerator::DeviceGuard guard;
-  kvzip::Place place{0, nullptr};
+  Place place{0, nullptr};
 };
 
 #endif
@@ -156,12 +58,11 @@ std::tuple<Tensor, Tensor> attend(Tensor query, std::optional<Tensor> keys, std:
                                   std::optional<Tensor> mask, Tensor tail_keys, Tensor tail_values, int64_t tail_length,
                                   std::optional<Tensor> tail_cursor, std::optional<Tensor> tail_skip, double scaling,
                                   std::optional<double> softcap, std::optional<Tensor> sinks, int64_t bits,
-                                  std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
-                                  std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
-                                  std::optional<Tensor>) {
-  require(bits == 0, "the CUDA kernel reads no quantised keys and values");
+                                  std::optional<Tensor> key_codes, std::optional<Tensor> value_codes,
+                                  std::optional<Tensor> key_scales, std::optional<Tensor> value_scales,
+                                  std::optional<Tensor> quantized_cu_seqlens, std::optional<Tensor> quantized_cu_tiles,
+                                  std::optional<Tensor> quantized_mask) {
   require(query.dim() == 4, "query has shape ", shape_of(query), "; expected (batch, heads, q_len, head_dim)");
-  const DType dtype = dtype_of("query", query);
   const int head_dim = head_dim_of(query);
   const int64_t batch = query.size(0), query_heads = query.size(1), q_len = query.size(2);
   require(tail_keys.dim() == 4, "tail_keys has shape ", shape_of(tail_keys),
@@ -169,7 +70,8 @@ std::tuple<Tensor, Tensor> attend(Tensor query, std::optional<Tensor> keys, std:
   const int64_t kv_heads = tail_keys.size(1), capacity = tail_keys.size(2);
   require(batch * query_heads * q_len <= kMaxInt && capacity <= kMaxInt, "query or tail_keys has too many rows");
 
-  kvzip::AttendParams p{};
+  AttendParams p{};
+  p.dtype = dtype_of("query", query);
   p.batch = static_cast<int>(batch), p.kv_heads = static_cast<int>(kv_heads), p.q_len = static_cast<int>(q_len);
   p.groups = groups_of(query_heads, kv_heads);
   p.scaling = static_cast<float>(scaling), p.softcap = softcap_of(softcap);
@@ -188,22 +90,25 @@ std::tuple<Tensor, Tensor> attend(Tensor query, std::optional<Tensor> keys, std:
     require_shape("values", *values, {total, head_dim});
     require(keys->is_contiguous(), "keys must be contiguous");
     require(values->is_contiguous(), "values must be contiguous");
-    require(total / kvzip::kTile + kv_heads <= kMaxInt, "keys has too many rows");
     require_rows("keys", *keys, query);
     require_rows("values", *values, query);
-    const int64_t* seqlens = integers("cu_seqlens", *cu_seqlens, query, {kv_heads + 1});
-    const int64_t* tiles = integers("cu_tiles", *cu_tiles, query, {kv_heads + 1});
-    if (total > 0) {
-      p.keys = keys->data_ptr(), p.values = values->data_ptr(), p.cu_seqlens = seqlens, p.cu_tiles = tiles;
-    }
-    if (mask && total > 0) {
-      require(total % kv_heads == 0, "mask needs heads of equal length");
-      require_device("mask", *mask, query);
-      require_dtype("mask", *mask, ScalarType::Bool, "bool");
-      require_shape("mask", *mask, {kv_heads, total / kv_heads});
-      require(mask->is_contiguous(), "mask must be contiguous");
-      p.mask = static_cast<const uint8_t*>(mask->data_ptr()), p.mask_length = total / kv_heads;
-    }
+    p.context = ragged("", total, kv_heads, *cu_seqlens, *cu_tiles, mask, query);
+    p.keys = keys->data_ptr(), p.values = values->data_ptr();
+  }
+  require(bits == 0 || bits == 8 || bits == 4, "bits is ", bits, "; expected 8, 4 or 0");
+  if (bits != 0) {
+    require(key_codes && value_codes && key_scales && value_scales && quantized_cu_seqlens && quantized_cu_tiles,
+            "codes, scales, quantized_cu_seqlens and quantized_cu_tiles must all be given with bits ", bits);
+    require(key_codes->dim() == 2 && key_scales->dim() == 3, "key_codes and key_scales need 2 and 3 dimensions");
+    const int64_t rows = key_codes->size(0), bytes = head_dim * bits / 8;
+    Quantized& q = p.quantized;
+    q.bits = static_cast<int>(bits);
+    q.key_codes = packed("key_codes", *key_codes, query, ScalarType::Byte, "uint8", {rows, bytes});
+    q.value_codes = packed("value_codes", *value_codes, query, ScalarType::Byte, "uint8", {rows, bytes});
+    q.key_scales =
+        packed("key_scales", *key_scales, query, ScalarType::Half, "float16", {key_scales->size(0), 2, head_dim});
+    q.value_scales = packed("value_scales", *value_scales, query, ScalarType::Half, "float16", {rows, 2});
+    q.rows = ragged("quantized_", rows, kv_heads, *quantized_cu_seqlens, *quantized_cu_tiles, quantized_mask, query);
   }
 
   require_shape("tail_keys", tail_keys, {batch, kv_heads, capacity, head_dim});
@@ -234,12 +139,12 @@ std::tuple<Tensor, Tensor> attend(Tensor query, std::optional<Tensor> keys, std:
   Tensor lse = torch::stable::new_empty(query, {batch, query_heads, q_len}, ScalarType::Float);
   if (output.numel() == 0) return {output, lse};
   const CurrentPlace current(query);
-  const kvzip::Workspace need = kvzip::plan_attend(p, dtype, head_dim, current.place);
+  const Workspace need = plan_attend(p, head_dim, current.place);
   const Tensor workspace = torch::stable::new_empty(query, {need.output_floats + need.stats_floats}, ScalarType::Float);
   p.partial_output = static_cast<float*>(workspace.data_ptr());
   p.partial_stats = p.partial_output + need.output_floats;
   p.output = output.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
-  kvzip::launch_attend(p, dtype, head_dim, current.place);
+  launch_attend(p, head_dim, current.place);
   return {output, lse};
 }
 
@@ -258,7 +163,7 @@ Tensor column_max(Tensor query, Tensor keys, Tensor lse, double scaling, std::op
   require_shape("lse", lse, {query_heads, q_len});
   if (!lse.is_contiguous()) lse = torch::stable::contiguous(lse);
 
-  kvzip::ColumnMaxParams p{};
+  ColumnMaxParams p{};
   p.kv_heads = static_cast<int>(kv_heads), p.groups = groups_of(query_heads, kv_heads);
   p.q_len = static_cast<int>(q_len), p.kv_len = static_cast<int>(kv_len);
   p.scaling = static_cast<float>(scaling), p.softcap = softcap_of(softcap);
@@ -270,7 +175,7 @@ Tensor column_max(Tensor query, Tensor keys, Tensor lse, double scaling, std::op
   if (output.numel() == 0 || q_len == 0) return output;
   const CurrentPlace current(query);
   p.output = static_cast<float*>(output.data_ptr());
-  kvzip::launch_column_max(p, dtype, head_dim, current.place);
+  launch_column_max(p, dtype, head_dim, current.place);
   return output;
 }
 

@@ -1,13 +1,14 @@
 // One warp's arithmetic on 32 keys and values of 8 or 4 bits, with tensor cores.
 //
 // As in Math16, S^T = K Q^T and O^T += V^T P^T, with the codes themselves in place of K and V: they become float16,
-// which holds them exactly, in registers, and so does everything else here, whatever the query's dtype. Scales and zeros
-// go elsewhere. With keys c * scale + zero, the scale of a channel goes into the query, as the sum of two float16, and
-// query . zero into every score, by a product of its own. With values c * scale + zero, a token's scale goes into its
-// weight, and the rest, the same for all channels, into one number a row.
+// which holds them exactly, in registers, and so does everything else here, whatever the query's dtype. Scales and
+// zeros go elsewhere. With keys c * scale + zero, the scale of a channel goes into the query, as the sum of two
+// float16, and query . zero into every score, by a product of its own. With values c * scale + zero, a token's scale
+// goes into its weight, and the rest, the same for all channels, into one number a row.
 #pragma once
 
 #include "math16.cuh"
+#include "stream.cuh"
 
 namespace kvzip {
 
@@ -18,15 +19,15 @@ template <int kHeadDim, int kBits>
 struct CodeStage {
   static constexpr int kRowBytes = kHeadDim * kBits / 8;
   static constexpr int kValues = kCodeKeys * kRowBytes;
-  static constexpr int kKeyScales = 2 * kValues;                     // (2, head_dim) float16
+  static constexpr int kKeyScales = 2 * kValues;                      // (2, head_dim) float16
   static constexpr int kValueScales = kKeyScales + 2 * 2 * kHeadDim;  // (kCodeKeys, 2) float16
   static constexpr int kBytes = kValueScales + kCodeKeys * 4;
 };
 
-// Warps of a CTA: as many as registers (with few rows more) and a stage of the ring below 40 KiB allow.
-constexpr int code_warps(int stage_bytes, bool has_few_rows) {
+// Warps of a CTA: as many as keep a stage of the ring below 40 KiB, and 8 only where registers suffice.
+constexpr int code_warps(int stage_bytes, bool allows_eight) {
   const int most = 40960 / stage_bytes;
-  return most >= 8 && has_few_rows ? 8 : most >= 4 ? 4 : 2;
+  return most >= 8 && allows_eight ? 8 : most >= 4 ? 4 : 2;
 }
 
 template <int kHeadDimension, int kBlocks, int kBits>
@@ -42,14 +43,12 @@ struct Codes16 : Outputs16<kHeadDimension, kBlocks> {
   static constexpr int kWarps = code_warps(Stage::kBytes, kBlocks == 1);
   static constexpr int kQueryStride = kHeadDim * 2 + 32;  // so that four rows lie in different banks
   static constexpr int kQueryBytes = kRows * kQueryStride;
-  static constexpr int kParts = 8 / kBits;                  // codes of a byte
+  static constexpr int kParts = 8 / kBits;                    // codes of a byte
   static constexpr int kPartBlocks = kHeadDim / 16 / kParts;  // blocks of 16 channels that one part of the bytes has
   static constexpr float kMiddle = 1 << (kBits - 1);
-  // Weights times this are about as large as probabilities if values are about as large as 1, and never exceed float16;
-  // the outputs are times this, too.
+  // Probability times scale times this is about a probability where values are about 1, and never exceeds float16. The
+  // outputs are larger by as much.
   static constexpr float kWeightFactor = 1 << (kBits - 2);
-
-  static constexpr uint32_t kSigns = 0x80008000u;
 
   float shift[kBlocks][2];  // of all channels of this lane's rows, from this lane's keys
 
@@ -69,7 +68,7 @@ struct Codes16 : Outputs16<kHeadDimension, kBlocks> {
     return kBits == 8 ? codes : codes >> (4 * part) & 0x0f0f0f0fu;
   }
 
-  // Bytes i and j of four codes, as float16 less `middle`: 0x6400 is 1024, whose last place is 1.
+  // Bytes i and j of four codes as float16, centred or not: 0x6400 is 1024, its last place 1.
   template <int i, int j, bool kCentered>
   static __device__ __forceinline__ uint32_t halves(uint32_t codes) {
     constexpr uint32_t kBase = 0xe400 + (kCentered ? 1 << (kBits - 1) : 0);  // -1024 or -(1024 + middle)
@@ -78,19 +77,13 @@ struct Codes16 : Outputs16<kHeadDimension, kBlocks> {
 
   static __device__ __forceinline__ void scores(uint32_t stage, uint32_t query, int lane,
                                                 float (&s)[kGroups][kBlocks][4]) {
-    float zero[kBlocks][4] = {};
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s[g][n][e] = 0.0f;
-      }
-    }
-    float low[kGroups][kBlocks][4] = {};
+    // Chains of dependent instructions that do not wait for each other.
+    float high[kGroups][kBlocks][4] = {}, low[kGroups][kBlocks][4] = {}, zero[kBlocks][4] = {};
 #pragma unroll
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-      uint32_t codes[4];  // of 4 consecutive channels of keys lane / 4 + 8 * i; they are columns 2q, 2q + 1, 2q + 8, 2q + 9
+      // Of 4 consecutive channels, from 4 * (lane % 4) on, of keys lane / 4 + 8 * i. For the instruction these are not
+      // neighbours but columns 2 * (lane % 4) + 0..1 and + 8..9; queries, scales and zeros are read in the same order.
+      uint32_t codes[4];
       load_matrices(codes, stage + Layout::offset(lane, chunk));
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -110,12 +103,13 @@ struct Codes16 : Outputs16<kHeadDimension, kBlocks> {
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
           const uint2 q = load_shared_pair(query + (n * 8 + lane / 4) * kQueryStride + at);
-          const uint32_t high[2] = {half_multiply(q.x, scales.x), half_multiply(q.y, scales.y)};
-          const uint32_t rest[2] = {half_fma(q.x, scales.x, high[0] ^ kSigns), half_fma(q.y, scales.y, high[1] ^ kSigns)};
+          const uint32_t scaled[2] = {half_multiply(q.x, scales.x), half_multiply(q.y, scales.y)};
+          const uint32_t rest[2] = {half_multiply_subtract(q.x, scales.x, scaled[0]),
+                                    half_multiply_subtract(q.y, scales.y, scaled[1])};
           mma<Float16>(zero[n], z, q.x, q.y);
 #pragma unroll
           for (int g = 0; g < kGroups; ++g) {
-            mma<Float16>(s[g][n], a[g], high[0], high[1]);
+            mma<Float16>(high[g][n], a[g], scaled[0], scaled[1]);
             mma<Float16>(low[g][n], a[g], rest[0], rest[1]);
           }
         }
@@ -126,12 +120,12 @@ struct Codes16 : Outputs16<kHeadDimension, kBlocks> {
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[g][n][e] += low[g][n][e] + zero[n][e];
+        for (int e = 0; e < 4; ++e) s[g][n][e] = high[g][n][e] + (low[g][n][e] + zero[n][e]);
       }
     }
   }
 
-  // The same of values: bytes 0 and 2, or 1 and 3, of one part, less the middle. 0x5400 is 64, whose last place is 1/16.
+  // The same of values, in pairs of tokens: bytes 0 and 2, or 1 and 3, of one part. 0x5400 is 64, its last place 1/16.
   template <bool kOdd>
   static __device__ __forceinline__ uint32_t values_of(uint32_t codes, int part) {
     if constexpr (kBits == 8) return halves<kOdd, 2 + kOdd, true>(codes);
@@ -180,7 +174,9 @@ struct Codes16 : Outputs16<kHeadDimension, kBlocks> {
           const uint32_t a[4] = {values_of<false>(codes[2 * g], part), values_of<true>(codes[2 * g], part),
                                  values_of<false>(codes[2 * g + 1], part), values_of<true>(codes[2 * g + 1], part)};
 #pragma unroll
-          for (int n = 0; n < kBlocks; ++n) mma<Float16>(this->output[n][part * kPartBlocks + chunk], a, b[g][n][0], b[g][n][1]);
+          for (int n = 0; n < kBlocks; ++n) {
+            mma<Float16>(this->output[n][part * kPartBlocks + chunk], a, b[g][n][0], b[g][n][1]);
+          }
         }
       }
     }
@@ -197,8 +193,8 @@ struct Codes16 : Outputs16<kHeadDimension, kBlocks> {
     shift[n][0] *= factor[0], shift[n][1] *= factor[1];
   }
 
-  // Stores or adds the outputs to (rows, stride) floats.
-  __device__ __forceinline__ void put(float* to, int stride, int lane, bool add) const {
+  // Makes outputs of what was kept apart; nothing can be accumulated after it.
+  __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
       const float shifts[2] = {sum_over_keys(shift[n][0]), sum_over_keys(shift[n][1])};
@@ -206,9 +202,22 @@ struct Codes16 : Outputs16<kHeadDimension, kBlocks> {
       for (int m = 0; m < kHeadDim / 16; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
+          this->output[n][m][e] = this->output[n][m][e] * (1 / kWeightFactor) + shifts[e % 2];
+        }
+      }
+    }
+  }
+
+  // Stores or adds the outputs to (rows, stride) floats.
+  __device__ __forceinline__ void put(float* to, int stride, int lane, bool add) const {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+      for (int m = 0; m < kHeadDim / 16; ++m) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
           float* at = to + (n * 8 + 2 * (lane % 4) + e % 2) * stride + m * 16 + 2 * (lane / 4) + e / 2;
-          const float all = this->output[n][m][e] * (1 / kWeightFactor) + shifts[e % 2];
-          *at = add ? *at + all : all;
+          *at = add ? *at + this->output[n][m][e] : this->output[n][m][e];
         }
       }
     }

@@ -113,10 +113,10 @@ struct Codes32 : Math32<kHeadDimension> {
     shift[0] *= factor[0], shift[1] *= factor[1];
   }
 
-  __device__ __forceinline__ void put(float* to, int stride, int lane, bool add) {
+  // Makes outputs of what was kept apart; nothing can be accumulated after it.
+  __device__ __forceinline__ void finish() {
     const float shifts[2] = {sum_over_keys(shift[0]), sum_over_keys(shift[1])};
     Outputs::each([&](int j, int i, int e) { this->output[j][i][e] += shifts[e]; });
-    Outputs::put(to, stride, lane, add);
   }
 };
 

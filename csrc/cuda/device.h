@@ -54,7 +54,8 @@ void allow_shared_memory(const Place& place) {
 // Launches a kernel with `p` as its only argument. From sm_90 on it may be put in place while the last CTAs of the one
 // before still work; it waits for them itself, where it must.
 template <class Params>
-void launch_early(void (*kernel)(Params), const Params& p, dim3 grid, int threads, int shared_bytes, const Place& place) {
+void launch_early(void (*kernel)(Params), const Params& p, dim3 grid, int threads, int shared_bytes,
+                  const Place& place) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

@@ -58,8 +58,7 @@ void with_codes(DType dtype, int bits, int head_dim, int rows, F&& f) {
       constexpr int kBits = decltype(chosen)::value;
       if (dtype == DType::kFloat32) return f(Type<Codes32<kHeadDim, kBits>>());
       if (rows == 8) return f(Type<Codes16<kHeadDim, 1, kBits>>());
-      if (rows == 16) return f(Type<Codes16<kHeadDim, 2, kBits>>());
-      if constexpr (kHeadDim <= 128) return f(Type<Codes16<kHeadDim, 4, kBits>>());
+      if constexpr (kHeadDim <= 128) return f(Type<Codes16<kHeadDim, 2, kBits>>());
     };
     if (bits == 8) return with_bits(std::integral_constant<int, 8>());
     return with_bits(std::integral_constant<int, 4>());

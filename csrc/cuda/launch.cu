@@ -1,5 +1,5 @@
-// Instantiates and launches the kernels but for those of codes. Build, together with launch_codes.cu and bindings.cpp (see
-// there), with nvcc 12.8 or later:
+// Instantiates and launches the kernels but for those of codes. Build, together with launch_codes.cu and bindings.cpp
+// (see there), with nvcc 12.8 or later:
 //
 //   nvcc -O3 -std=c++17 -shared -Xcompiler -fPIC,-fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000
 //     -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
@@ -14,9 +14,7 @@
 
 namespace kvzip {
 
-Workspace plan_attend(AttendParams& p, int head_dim, const Place& place) {
-  return plan(p, head_dim, limits_of(place));
-}
+Workspace plan_attend(AttendParams& p, int head_dim, const Place& place) { return plan(p, head_dim, limits_of(place)); }
 
 void launch_attend(const AttendParams& p, int head_dim, const Place& place) {
   make_current(place);

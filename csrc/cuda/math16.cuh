@@ -12,8 +12,8 @@ namespace kvzip {
 
 constexpr int kWarpKeys = 16;  // keys a warp takes at a time
 
-// The outputs of a warp: lane l holds, of 8 rows (columns n) and 16 channels m, at index e, row 2 * (l % 4) + e % 2 of the
-// channel that is row l / 4 + 8 * (e / 2) of the instruction.
+// The outputs of a warp: lane l holds, of 8 rows (columns n) and 16 channels m, at index e, row 2 * (l % 4) + e % 2 of
+// the channel that is row l / 4 + 8 * (e / 2) of the instruction.
 template <int kHeadDim, int kBlocks>
 struct Outputs16 {
   float output[kBlocks][kHeadDim / 16][4];
@@ -108,6 +108,8 @@ struct Math16 : Outputs16<kHeadDimension, kBlocks> {
       for (int n = 0; n < kBlocks; ++n) mma<T>(this->output[n][m], a, b[n][0], b[n][1]);
     }
   }
+
+  __device__ __forceinline__ void finish() {}
 
   // Stores or adds the outputs to (rows, stride) floats.
   __device__ __forceinline__ void put(float* to, int stride, int lane, bool add) const {

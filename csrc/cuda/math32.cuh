@@ -62,6 +62,8 @@ struct Math32 {
     each([&](int j, int i, int e) { output[j][i][e] *= factor[e]; });
   }
 
+  __device__ __forceinline__ void finish() {}
+
   __device__ __forceinline__ void put(float* to, int stride, int lane, bool add) const {
     each([&](int j, int i, int e) {
       float* at = to + (2 * (lane % 4) + e) * stride + j * 32 + 4 * (lane / 4) + i;

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMergeWarps * 32) merge_kernel(const AttendPar
     const int column = (v * 32 + lane) * 4;
     if (column >= kHeadDim) continue;
     *reinterpret_cast<float4*>(outputs + warp * kHeadDim + column) = {output[v][0], output[v][1], output[v][2],
-                                                                       output[v][3]};
+                                                                      output[v][3]};
   }
   if (lane == 0) stats[2 * warp] = maximum, stats[2 * warp + 1] = sum;
   __syncthreads();

@@ -12,6 +12,12 @@ struct Strides {
 
 enum class DType : int { kFloat32, kBFloat16, kFloat16 };
 
+// What turns the product of query and key into a logit to base 2: times `scale`, or, with a softcap, `outer` *
+// tanh(times `inner`).
+struct Logits {
+  float scale, inner, outer;  // outer 0 = no softcap
+};
+
 // Ragged rows that the whole batch shares, KV heads one after the other, and the plan for them (plan.h).
 struct Ragged {
   const int64_t* cu_seqlens;  // (kv_heads + 1) first row of each head; null = there are no rows
@@ -35,7 +41,8 @@ struct Quantized {
   const void* value_codes;   // the same
   const void* key_scales;    // (tiles, 2, head_dim) float16: scale and zero of each channel
   const void* value_scales;  // (rows, 2) float16: scale and zero of each token
-  float query_factor;        // a power of two that keeps query times scale within float16
+  float query_factor;        // a power of two, see query_factor_of
+  Logits logits;             // for a query times query_factor
 };
 
 struct AttendParams {
@@ -56,6 +63,7 @@ struct AttendParams {
   const void* sinks;              // (kv_heads * groups) extra logits; null = none
   DType sinks_dtype;
   float scaling, softcap;  // softcap 0 = none
+  Logits logits;           // part of the plan
   int batch, kv_heads, groups, q_len;
 
   float* partial_output;  // (rows in all, head_dim) not yet divided by the sum
@@ -68,8 +76,8 @@ struct ColumnMaxParams {
   const void* query;  // (kv_heads * groups, q_len, head_dim)
   const void* keys;   // (kv_heads, kv_len, head_dim)
   int64_t query_head_stride, query_token_stride, key_head_stride, key_token_stride;  // elements
-  const float* lse;        // (kv_heads * groups, q_len)
-  float scaling, softcap;  // softcap 0 = none
+  const float* lse;                                                                  // (kv_heads * groups, q_len)
+  float scaling, softcap;                                                            // softcap 0 = none
   int kv_heads, groups, q_len, kv_len;
   int splits;     // CTAs that share the query rows of a tile of keys
   float* output;  // (kv_heads * groups, kv_len), -inf at the start

@@ -94,6 +94,13 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
                : "memory");
 }
 
+// The index of this thread; what follows from it is computed where it is needed, not kept in registers all the while.
+__device__ __forceinline__ int thread_again() {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
 // Lets a dependent grid start early (sm_90 on); it must wait_for_prerequisites before it reads our results.
 __device__ __forceinline__ void allow_dependents() {
 #if __CUDA_ARCH__ >= 900
@@ -130,7 +137,7 @@ __device__ __forceinline__ void mma<Float16>(float (&c)[4], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Of two float16 each: a + b, a * b, a * b + c with one rounding.
+// Of two float16 each: a + b, a * b, a * b - c with one rounding.
 __device__ __forceinline__ uint32_t half_add(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -141,9 +148,9 @@ __device__ __forceinline__ uint32_t half_multiply(uint32_t a, uint32_t b) {
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
-__device__ __forceinline__ uint32_t half_fma(uint32_t a, uint32_t b, uint32_t c) {
+__device__ __forceinline__ uint32_t half_multiply_subtract(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  asm("{.reg .b32 n; neg.f16x2 n, %3; fma.rn.f16x2 %0, %1, %2, n;}" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 

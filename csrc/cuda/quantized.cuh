@@ -1,11 +1,10 @@
 // Attention of packed query rows over quantised rows of a context: the partial results, as attend.cuh's.
 //
-// A step is half a tile a warp, so that the scales of a tile's channels, which are folded into the query anew each time,
-// cost less than the codes. Nothing but codes and scales is read.
+// A step is half a tile a warp, so that the scales of a tile's channels, which are folded into the query anew each
+// time, cost less than the codes. Nothing but codes and scales is read.
 #pragma once
 
 #include "codes32.cuh"
-#include "stream.cuh"
 
 namespace kvzip {
 
@@ -27,18 +26,17 @@ struct AttendCodes {
   const AttendParams& p;
   const int warp, lane;
   uint32_t ring, query;  // addresses in shared memory; the ring is this warp's own
-  float* outputs;
-  Segment segment;
   Codes codes;
   Running<Codes> running;
 
-  __device__ __forceinline__ AttendCodes(const AttendParams& params, unsigned char* shared)
+  __device__ __forceinline__ explicit AttendCodes(const AttendParams& params)
       : p(params), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
-    const int depth = p.quantized.rows.depth;
-    unsigned char* after_ring = shared + depth * Codes::kWarps * Memory::kStageBytes;
-    ring = shared_address(shared) + warp * depth * Memory::kStageBytes;
-    query = shared_address(after_ring);
-    outputs = reinterpret_cast<float*>(after_ring + Codes::kQueryBytes);
+    ring = shared_address(kvzip_shared) + warp * p.quantized.rows.depth * Memory::kStageBytes;
+    query = shared_address(after_ring());
+  }
+
+  __device__ __forceinline__ unsigned char* after_ring() const {
+    return kvzip_shared + p.quantized.rows.depth * Codes::kWarps * Memory::kStageBytes;
   }
 
   // Where this warp's part of a step begins and ends, in keys of the head; there may be none.
@@ -70,10 +68,13 @@ struct AttendCodes {
     copy4_async(to + Stage::kValueScales + lane * 4, pairs + lane * 4, lane < rows);
   }
 
+  __device__ __forceinline__ Segment segment_of(const Steps& walk) const {
+    return ragged_segment<Codes::kRows>(p, p.quantized.rows, walk.item);
+  }
+
   // The barriers are those of Attend::begin_segment.
   __device__ __forceinline__ void begin_segment(const Steps& walk) {
-    segment = ragged_segment<Codes::kRows>(p, p.quantized.rows, walk.item);
-    load_query<Codes>(p, segment, [&](int row, int chunk, uint4 bits) {
+    load_query<Codes>(p, segment_of(walk), [&](int row, int chunk, uint4 bits) {
       Codes::store_query(query, row, chunk, bits, p.dtype, p.quantized.query_factor);
     });
     codes.clear();
@@ -105,13 +106,15 @@ struct AttendCodes {
     const uint32_t at = ring + stage * Memory::kStageBytes;
     float s[kGroups][kBlocks][4];
     Codes::scores(at, query, lane, s);
-    to_logits(s, p.scaling / p.quantized.query_factor, p.softcap);
+    to_logits(s, p.quantized.logits);
     if (position + kCodeKeys > walk.length || p.quantized.rows.mask != nullptr) hide(walk, position, s);
     running.weigh(s, codes);
     codes.accumulate(at, lane, s);
   }
 
-  __device__ __forceinline__ void flush() { running.flush(p, segment, codes, outputs); }
+  __device__ __forceinline__ void flush(const Steps& walk) {
+    running.flush(p, segment_of(walk), codes, reinterpret_cast<float*>(after_ring() + Codes::kQueryBytes));
+  }
 
   __device__ __forceinline__ void run() {
     Steps walk;
@@ -124,7 +127,7 @@ struct AttendCodes {
 template <class Codes>
 __global__ void __launch_bounds__(Codes::kWarps * 32, 2) attend_codes_kernel(const AttendParams p) {
   allow_dependents();
-  AttendCodes<Codes>(p, kvzip_shared).run();
+  AttendCodes<Codes>(p).run();
   wait_for_prerequisites();  // so that who waits for this grid has waited for attend_kernel's, too
 }
 

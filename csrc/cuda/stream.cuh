@@ -7,7 +7,6 @@
 
 namespace kvzip {
 
-constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
 // exp2(x - maximum), also for a maximum of nothing (-inf), where x is -inf as well.
@@ -48,23 +47,23 @@ template <class Math, class Store>
 __device__ __forceinline__ void load_query(const AttendParams& p, const Segment& segment, Store&& store) {
   constexpr int kItem = sizeof(typename Math::Element), kChunks = Math::kHeadDim * kItem / 16;
   const int rows_per_batch = p.groups * p.q_len;
-  for (int index = threadIdx.x; index < Math::kRows * kChunks; index += Math::kWarps * 32) {
+  for (int index = thread_again(); index < Math::kRows * kChunks; index += Math::kWarps * 32) {
     const int row = index / kChunks, chunk = index % kChunks;
     uint4 bits = {0, 0, 0, 0};
     if (row < segment.count) {
       const int packed = segment.first + row;
       const int64_t b = packed / rows_per_batch, g = packed % rows_per_batch / p.q_len, i = packed % p.q_len;
-      const int64_t element = b * p.query_strides.batch + (segment.head * p.groups + g) * p.query_strides.head +
-                              i * p.query_strides.token;
+      const int64_t element =
+          b * p.query_strides.batch + (segment.head * p.groups + g) * p.query_strides.head + i * p.query_strides.token;
       bits = *reinterpret_cast<const uint4*>(static_cast<const char*>(p.query) + element * kItem + chunk * 16);
     }
     store(row, chunk, bits);
   }
 }
 
-// Turns scores into logits to base 2; `scaling` is what the scores lack.
+// Turns products of query and key into logits to base 2.
 template <int kGroups, int kBlocks>
-__device__ __forceinline__ void to_logits(float (&s)[kGroups][kBlocks][4], float scaling, float softcap) {
+__device__ __forceinline__ void to_logits(float (&s)[kGroups][kBlocks][4], const Logits& logits) {
   const auto each = [&](auto&& f) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -75,12 +74,10 @@ __device__ __forceinline__ void to_logits(float (&s)[kGroups][kBlocks][4], float
       }
     }
   };
-  if (softcap == 0.0f) {
-    const float scale = scaling * kLog2e;
-    each([&](float x) { return x * scale; });
+  if (logits.outer == 0.0f) {
+    each([&](float x) { return x * logits.scale; });
   } else {
-    const float inner = scaling / softcap, outer = softcap * kLog2e;
-    each([&](float x) { return outer * tanhf(x * inner); });
+    each([&](float x) { return logits.outer * tanhf(x * logits.inner); });
   }
 }
 
@@ -133,7 +130,7 @@ struct Running {
   // Adds up the warps' results, in order, and writes them to the segment's slot. `outputs` has kSharedBytes.
   __device__ __forceinline__ void flush(const AttendParams& p, const Segment& segment, Math& math, float* outputs) {
     constexpr int kHeadDim = Math::kHeadDim;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int thread = thread_again(), warp = thread / 32, lane = thread % 32;
     float* const stats = outputs + kRows * kOutputStride;  // (warps, rows, 2)
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
@@ -158,16 +155,17 @@ struct Running {
       }
       math.scale(n, factor);
     }
+    math.finish();
     for (int w = 0; w < Math::kWarps; ++w) {
       if (w == warp) math.put(outputs, kOutputStride, lane, w > 0);
       __syncthreads();
     }
-    for (int index = threadIdx.x; index < segment.count * (kHeadDim / 4); index += kThreads) {
+    for (int index = thread; index < segment.count * (kHeadDim / 4); index += kThreads) {
       const int from = index / (kHeadDim / 4), column = index % (kHeadDim / 4) * 4;
       *reinterpret_cast<float4*>(p.partial_output + (segment.row + from) * kHeadDim + column) =
           *reinterpret_cast<const float4*>(outputs + from * kOutputStride + column);
     }
-    const int row = threadIdx.x;
+    const int row = thread;
     if (row < segment.count) {
       float largest = -INFINITY, total = 0.0f;
       for (int w = 0; w < Math::kWarps; ++w) largest = fmaxf(largest, stats[2 * (w * kRows + row)]);
@@ -205,7 +203,7 @@ __device__ __forceinline__ void stream(Work& work, Steps ahead, const Along& alo
     copy_commit();
     work.consume(now, stage);
     begins = now.ends_segment();
-    if (begins) work.flush();
+    if (begins) work.flush(now);
     stage = stage + 1 == depth ? 0 : stage + 1;
   }
 }

@@ -16,9 +16,10 @@ struct TileLayout {
   // Rows begin in 8 / kAlign different groups of banks by turns, kAlign being the largest power of two, up to 8, that
   // divides kChunks; the permutation does the rest, within every kAlign chunks.
   static constexpr int kAlign = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
+  static constexpr int kShift = kAlign == 8 ? 0 : kAlign == 4 ? 1 : kAlign == 2 ? 2 : 3;
 
   static __device__ __forceinline__ int offset(int row, int chunk) {
-    return (row * kChunks + (chunk ^ (row / (8 / kAlign) % kAlign))) * 16;
+    return (row * kChunks + (chunk ^ (row >> kShift & (kAlign - 1)))) * 16;
   }
 };
 

@@ -15,8 +15,8 @@ KVZIP_HD int64_t ragged_row(const Ragged& r, int kv_heads, int row_block, int64_
   return r.first_row + (row_block * ragged_slots(r, kv_heads) + slot) * r.rows;
 }
 
-// All CTAs share the tails' tiles; the items are (batch row, KV head, block of rows), every one equally long. The tails'
-// slots follow the context's.
+// All CTAs share the tails' tiles; the items are (batch row, KV head, block of rows), every one equally long. The
+// tails' slots follow the context's.
 KVZIP_HD int tail_items(const AttendParams& p) { return p.batch * p.kv_heads * p.tail_row_blocks; }
 KVZIP_HD int64_t tail_slots(const AttendParams& p) {
   return slots(p.context.workers * p.context.row_blocks, tail_items(p));

@@ -57,11 +57,9 @@ def attend(
     """Attend by the kernel of the query's device; see `backends.Attend`.
 
     Args:
-        most_query_tokens: longer queries, dtypes without a kernel, and quantised contexts on a GPU go to PyTorch's
-            fused attention.
+        most_query_tokens: longer queries, and dtypes without a kernel, go to PyTorch's fused attention.
     """
-    on_gpu = context is not None and context.quantized is not None and query.is_cuda  # there is no such kernel yet
-    if query.shape[2] > most_query_tokens or query.dtype not in DTYPES or on_gpu:
+    if query.shape[2] > most_query_tokens or query.dtype not in DTYPES:
         return fused.attend(query, context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
     store: tuple[Tensor | None, ...] = (None,) * 5
     if context is not None:

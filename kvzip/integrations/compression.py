@@ -15,27 +15,32 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from kvzip.kvcache import KVCache, Level
-from kvzip.model import ModelKVzip
+from kvzip.kvcache import KVCache, Level, Merging
+from kvzip.model import Decoding, ModelKVzip
 from kvzip.model.model import ANSWER_ROOM
 from kvzip.model.watching import Watch
 from kvzip.scoring import PrefillScorer, Scorer
 
 
 class Step(NamedTuple):
-    """One pruning.
+    """One pruning, or something else that is done to a kv, or both.
 
     Attributes:
         scorers: the first one ranks; the level needs the scores of the others too.
-        level: how the budget is spread.
-        ratio: fraction KEPT of what the step before left, or kv -> it, where there is no threshold.
+        level: how the budget is spread; None where a threshold says all.
+        ratio: fraction KEPT of what the step before left, or kv -> it, where there is no threshold; None = nothing is
+            pruned.
         threshold: keep what scores at least this.
+        merge: evicted values live on in kept ones.
+        then: what is done to the kv after that.
     """
 
-    scorers: tuple[Scorer, ...]
-    level: str | Level
-    ratio: float | Callable[[KVCache], float] = 1.0
+    scorers: tuple[Scorer, ...] = ()
+    level: str | Level | None = None
+    ratio: float | Callable[[KVCache], float] | None = None
     threshold: float | None = None
+    merge: Merging | None = None
+    then: Callable[[KVCache], object] | None = None
 
 
 def kept(compression_ratio: float) -> float:
@@ -68,12 +73,12 @@ def scorers_of(steps: Sequence[Step]) -> list[Scorer]:
 def prune(kv: KVCache, steps: Sequence[Step]) -> None:
     """Carry out `steps` on a kv that was scored for them."""
     for step in steps:
-        name = step.scorers[0].name
-        if step.threshold is not None:
-            kv.prune(threshold=step.threshold, level=step.level, scorer=name)
-        else:
-            ratio = step.ratio(kv) if callable(step.ratio) else step.ratio
-            kv.prune(kv.ratio * ratio, step.level, scorer=name)
+        ratio = step.ratio(kv) if callable(step.ratio) else step.ratio
+        if ratio is not None or step.threshold is not None:
+            name, left = step.scorers[0].name, None if ratio is None else kv.ratio * ratio
+            kv.prune(left, step.level, threshold=step.threshold, scorer=name, merge=step.merge)
+        if step.then is not None:
+            step.then(kv)
 
 
 class BasePress(ABC):
@@ -81,7 +86,11 @@ class BasePress(ABC):
 
     @abstractmethod
     def steps(self) -> list[Step]:
-        """The prunings, in order; none where nothing is removed."""
+        """What is done to the context, in order; nothing where nothing is removed."""
+
+    def decoding(self) -> Decoding | None:
+        """How answers are compressed while they are decoded; None = not at all."""
+        return None
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, prefix_length: int = 0
@@ -145,6 +154,11 @@ class Compression:
         Raises:
             ValueError: settings of the press or an architecture that cannot be used, and why.
         """
+        if self.press.decoding() is not None:
+            raise ValueError(
+                f"{type(self.press).__name__} compresses while decoding, which is not in this block's hands: use the "
+                "pipeline, or ModelKVzip.generate(..., compress=...)"
+            )
         self.steps = self.press.steps()
         self.scorers = scorers_of(self.steps)
         config = self._given.config.get_text_config(decoder=True)
@@ -191,7 +205,7 @@ class Compression:
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
         if isinstance(cache, KVCache) or (cache is not None and cache.get_seq_length() > 0):
             return False
-        if not (self.model.config.use_cache if use_cache is None else use_cache):
+        if not (getattr(self.model.config, "use_cache", True) if use_cache is None else use_cache):
             return False
         if cache is not None and type(cache) is not DynamicCache:
             raise ValueError(

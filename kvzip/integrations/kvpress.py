@@ -19,16 +19,20 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from kvzip.integrations.compositions import (
+    CAMPress,
+    ComposedPress,
+    CompressionRatioDecodingPress,
+    DecodingPress,
+    KeyRerotationPress,
+    MergingPress,
+    PerLayerCompressionPress,
+    PrefillDecodingPress,
+    ThinKPress,
+)
 from kvzip.integrations.compression import BasePress, Compression, kept
 from kvzip.integrations.pipeline import KVPressTextGenerationPipeline
-from kvzip.integrations.presses import (
-    ComposedPress,
-    NamedPress,
-    PerLayerCompressionPress,
-    Row,
-    ScorerPress,
-    make_press,
-)
+from kvzip.integrations.presses import NamedPress, Row, ScorerPress, make_press
 from kvzip.kvcache import KVCache, Level, get_level
 from kvzip.kvcache.levels.adakv import AdaKV
 from kvzip.kvcache.levels.block import Block
@@ -46,11 +50,18 @@ from kvzip.scoring import Scorer, get_scorer
 __all__ = [
     "PRESSES",
     "BasePress",
+    "CAMPress",
     "ComposedPress",
     "Compression",
+    "CompressionRatioDecodingPress",
+    "DecodingPress",
     "KVPressTextGenerationPipeline",
+    "KeyRerotationPress",
+    "MergingPress",
     "PerLayerCompressionPress",
+    "PrefillDecodingPress",
     "ScorerPress",
+    "ThinKPress",
     "press",
 ]
 
@@ -78,7 +89,9 @@ PRESSES: dict[str, Row] = {
     "ExpectedAttentionPress": Row("expected_attention"),
     "ExpectedAttentionStatsPress": Row("expected_attention_stats"),
     "FastKVzipPress": Row("fastkvzip", "pair", variants=[_BY_LAYER]),
-    "FinchPress": Row("finch"),
+    "FinchPress": Row(
+        "finch", more={"rerotate_keys": True}, then=lambda it: KVCache.rerotate if it.rerotate_keys else None
+    ),
     "KVComposePress": Row(
         "kvcompose",
         lambda it: KVCompose(it.agg_head, it.keep_token_lower_bound),
@@ -92,12 +105,13 @@ PRESSES: dict[str, Row] = {
     "KnormPress": Row("knorm"),
     "LagKVPress": Row("lagkv"),
     "LeverageScorePress": Row("leverage_score"),
+    "MoERouterPress": Row("pikv", "adakv(alpha=0)", {"dropout": 0.1}, remembers=True),  # PiKVpress's
     "NonCausalAttnPress": Row("non_causal_attention"),
     "ObservedAttentionPress": Row("observed_attention"),
     "PyramidKVPress": Row("pyramidkv", lambda it: Pyramid(it.beta, it.window_size)),
     "QFilterPress": Row("qfilter"),
     "RandomPress": Row("random"),
-    "SimLayerKVPress": Row("simlayerkv", more={"lazy_threshold": 1.0}, threshold=lambda it: -it.lazy_threshold),
+    "SimLayerKVPress": Row("simlayerkv", None, {"lazy_threshold": 1.0}, threshold=lambda it: -it.lazy_threshold),
     "SnapKVPress": Row("snapkv"),
     "StreamingLLMPress": Row("streaming_llm"),
     "TOVAPress": Row("tova"),
@@ -151,7 +165,7 @@ def __getattr__(name: str) -> Any:
         globals()[name] = make_press(name, PRESSES[name], __name__)
         return globals()[name]
     if name.endswith("Press"):
-        known = sorted([*PRESSES, "ComposedPress", "PerLayerCompressionPress"])
+        known = sorted([*PRESSES, *(one for one in __all__ if one.endswith("Press"))])
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ImportError(f"there is no {name} here; expected one of {known}{hint}")

@@ -109,7 +109,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         cache: DynamicCache | None = None,
         **kwargs: Any,
     ) -> list[Tensor]:
-        steps = [] if press is None else press.steps()
+        steps, compress = ([], None) if press is None else (press.steps(), press.decoding())
         scorers, questions = scorers_of(steps), inputs["questions"]
         query = None
         if any(isinstance(one, Finch) for one in scorers):
@@ -122,9 +122,10 @@ class KVPressTextGenerationPipeline(Pipeline):
         prune(kv, steps)
         logger.debug("%d tokens of context, %.3f of the pairs kept, %d bytes", kv.context_length, kv.ratio, kv.nbytes)
         answers: list[Tensor] = []
-        for start in range(0, len(questions), AT_ONCE):
-            batch = questions[start : start + AT_ONCE]
-            answers += self.kvzip.generate(batch, kv=kv, return_ids=True, **kwargs)  # type: ignore[arg-type]
+        size = AT_ONCE if compress is None else 1
+        for start in range(0, len(questions), size):
+            batch = questions[start : start + size]
+            answers += self.kvzip.generate(batch, kv=kv, return_ids=True, compress=compress, **kwargs)  # type: ignore[arg-type]
         if cache is not None:
             cache.layers = list(kv.layers)
         return answers

@@ -1,16 +1,17 @@
-"""Kinds of presses: one that scores, one around another, and compositions of several."""
+"""Presses that score, and presses that spread the budget over another one's scores; most of them rows of a table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import partial
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 from kvzip.integrations.compression import BasePress, Step, kept
 from kvzip.kvcache import KVCache, Level
-from kvzip.kvcache.levels.per_layer import PerLayer
 from kvzip.scoring import Scorer, get_scorer
+from kvzip.scoring.methods.pikv import PiKV
 
 
 class Row(NamedTuple):
@@ -18,22 +19,26 @@ class Row(NamedTuple):
 
     Attributes:
         scorer: name of the scorer, whose settings are the press's; None = that of the press which this one wraps.
-        level: name of the level, or press -> level.
+        level: name of the level, or press -> level; None where a threshold says all.
         more: settings beside the scorer's, with kvpress's defaults.
         variants: (setting, value, scorer, level): with that value these stand for it, None = as before. The default
             is the opposite.
         beside: scorers that the level needs too.
         threshold: press -> threshold, in place of a ratio.
         ratio: (press, kv) -> fraction KEPT, where it is no `compression_ratio` that says it.
+        remembers: the scorer counts what it does.
+        then: press -> what is done to the kv afterwards, or None.
     """
 
     scorer: str | None
-    level: str | Callable[[Any], Level] = "pair-uniform"
+    level: str | Callable[[Any], Level] | None = "pair-uniform"
     more: Mapping[str, Any] = {}
     variants: Sequence[tuple[str, bool, str | None, str | None]] = ()
     beside: Sequence[str] = ()
     threshold: Callable[[Any], float] | None = None
     ratio: Callable[[Any, KVCache], float] | None = None
+    remembers: bool = False
+    then: Callable[[Any], Callable[[KVCache], object] | None] | None = None
 
 
 class ScorerPress(BasePress):
@@ -49,8 +54,8 @@ class ScorerPress(BasePress):
         """The scorer, and what the level needs beside it."""
         raise NotImplementedError
 
-    def level(self) -> str | Level:
-        """How the budget is spread."""
+    def level(self) -> str | Level | None:
+        """How the budget is spread; None where a threshold says all."""
         raise NotImplementedError
 
     def steps(self) -> list[Step]:
@@ -86,18 +91,22 @@ class TablePress(ScorerPress):
         cls = type(get_scorer(str(self._now().scorer)))
         return (cls(**{one.name: getattr(self, one.name) for one in fields(cls) if one.init}),)  # type: ignore[arg-type]
 
-    def level(self) -> str | Level:
+    def level(self) -> str | Level | None:
         """See `ScorerPress`."""
         level = self._now().level
-        return level if isinstance(level, str) else level(self)
+        return level(self) if callable(level) else level
 
     def steps(self) -> list[Step]:
         """See `ScorerPress`."""
         if self.row.threshold is not None:
-            return [Step(self.scorers(), self.level(), threshold=self.row.threshold(self))]
+            threshold = self.row.threshold(self)
+            if not isinstance(threshold, Real):
+                raise ValueError(f"{self} needs a number as threshold, got {threshold!r}")
+            return [Step(self.scorers(), self.level(), threshold=float(threshold))]
         if self.row.ratio is not None:
             return [Step(self.scorers(), self.level(), partial(self.row.ratio, self))]
-        return super().steps()
+        then = None if self.row.then is None else self.row.then(self)
+        return [step._replace(then=then) for step in super().steps()]
 
     def _now(self) -> Row:
         row = self.row
@@ -105,6 +114,30 @@ class TablePress(ScorerPress):
             if getattr(self, name) == value:
                 row = row._replace(scorer=scorer or row.scorer, level=level or row.level)
         return row
+
+
+class RouterPress(TablePress):
+    """A press whose scorer counts what it does, see `PiKV`; `dropout` is of no effect, routers run in eval mode."""
+
+    _made: PiKV | None = None
+
+    def scorers(self) -> tuple[Scorer, ...]:
+        """The same object as long as the settings are the same."""
+        (made,) = super().scorers()
+        assert isinstance(made, PiKV)
+        if self._made is None or made != self._made or made.weights is not self._made.weights:
+            self._made = made
+        return (self._made,)
+
+    def get_stats(self) -> dict[str, Any]:
+        """What the router did since it was made or reset."""
+        (scorer,) = self.scorers()
+        return scorer.get_stats()  # type: ignore[attr-defined]
+
+    def reset_stats(self) -> None:
+        """Begin anew."""
+        (scorer,) = self.scorers()
+        scorer.reset_stats()  # type: ignore[attr-defined]
 
 
 class WrapperPress(TablePress):
@@ -129,56 +162,10 @@ class WrapperPress(TablePress):
         return (*self.press.scorers(), *map(get_scorer, self.row.beside))
 
 
-def check_scores(wrapper: BasePress, press: object) -> None:
-    """Raise ValueError where what `wrapper` wraps does not only score."""
-    if not isinstance(press, ScorerPress) or isinstance(press, WrapperPress):
+def check_scores(wrapper: BasePress, press: object, *, wrapped: bool = False) -> None:
+    """Raise ValueError where what `wrapper` wraps does not score, or is `wrapped` already."""
+    if not isinstance(press, ScorerPress) or (isinstance(press, WrapperPress) and not wrapped):
         raise ValueError(f"{type(wrapper).__name__} wraps a press that scores, such as SnapKVPress(0.5), got {press!r}")
-
-
-@dataclass
-class PerLayerCompressionPress(BasePress):
-    """The same press with a ratio for every layer.
-
-    Args:
-        compression_ratios: fraction REMOVED of each prunable layer, in [0, 1).
-    """
-
-    press: ScorerPress
-    compression_ratios: Sequence[float]
-
-    def __post_init__(self) -> None:
-        check_scores(self, self.press)
-        if not self.compression_ratios:
-            raise ValueError("compression_ratios is empty; expected one number for each prunable layer")
-
-    @property
-    def compression_ratio(self) -> float:
-        """Mean fraction REMOVED."""
-        return sum(self.compression_ratios) / len(self.compression_ratios)
-
-    def steps(self) -> list[Step]:
-        """Level `per-layer`, whose mean is the ratio."""
-        ratios = tuple(kept(one) for one in self.compression_ratios)
-        return [Step(self.press.scorers(), PerLayer(ratios), kept(self.compression_ratio))]
-
-
-@dataclass
-class ComposedPress(BasePress):
-    """Presses one after the other, each on what the one before left; scores are those of the whole context."""
-
-    presses: Sequence[BasePress]
-
-    @property
-    def compression_ratio(self) -> float:
-        """Fraction REMOVED by all of them, where each has one."""
-        left = 1.0
-        for one in self.presses:
-            left *= kept(one.compression_ratio)  # type: ignore[attr-defined]
-        return 1 - left
-
-    def steps(self) -> list[Step]:
-        """All steps in order."""
-        return [step for one in self.presses for step in one.steps()]
 
 
 def make_press(name: str, row: Row, module: str) -> type[TablePress]:
@@ -187,14 +174,16 @@ def make_press(name: str, row: Row, module: str) -> type[TablePress]:
     Args:
         module: where it can be imported from.
     """
-    own: list[Any] = [("press", ScorerPress)] if row.scorer is None else []
-    if row.scorer and row.threshold is None and row.ratio is None and "compression_ratio" not in row.more:
-        own.append(("compression_ratio", float, field(default=0.0)))
-    own += [(one, Any, field(default=value)) for one, value in row.more.items()]
-    own += [(one, bool, field(default=not value)) for one, value, _, _ in row.variants]
+    own: dict[str, Any] = {}
+    if row.scorer and row.threshold is None and row.ratio is None:
+        own["compression_ratio"] = field(default=0.0)
+    own |= {one: field(default=value) for one, value in row.more.items()}
+    own |= {one: field(default=not value) for one, value, _, _ in row.variants}
     if row.scorer:
         settings = fields(type(get_scorer(row.scorer)))  # type: ignore[arg-type]
-        own += [(one.name, Any, field(default=one.default, repr=one.repr)) for one in settings if one.init]
+        own |= {one.name: field(default=one.default, repr=one.repr) for one in settings if one.init}
+    listed: list[Any] = [("press", ScorerPress)] if row.scorer is None else []
+    listed += [(one, Any, value) for one, value in own.items()]
+    base = WrapperPress if row.scorer is None else RouterPress if row.remembers else TablePress
     about = f"kvpress's {name}; scorer: {row.scorer or 'that of the press inside'}."
-    namespace = {"row": row, "__doc__": about, "__module__": module}
-    return make_dataclass(name, own, bases=(TablePress if row.scorer else WrapperPress,), namespace=namespace)
+    return make_dataclass(name, listed, bases=(base,), namespace={"row": row, "__doc__": about, "__module__": module})

@@ -23,6 +23,9 @@ from kvzip.kvcache.selection import Level
 from kvzip.kvcache.sliding import SlidingLayer
 from kvzip.kvcache.store import FULL, check_bits
 from kvzip.kvcache.summary import describe
+from kvzip.kvcache.transforms.channels import WINDOW, prune_channels
+from kvzip.kvcache.transforms.merging import Merging, check_merge
+from kvzip.kvcache.transforms.rerotation import rerotate
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -120,6 +123,7 @@ class KVCache(ScoredContext):
         threshold: float | None = None,
         scorer: str | None = None,
         bits: int | None = None,
+        merge: Merging | None = None,
         tolerance: float = 0.01,
         chunks: int | None = None,
     ) -> PruneResult:
@@ -137,25 +141,29 @@ class KVCache(ScoredContext):
             threshold: in place of ratio and level: keep the pairs with at least this score.
             scorer: whose scores to use, where several scored; None = the first.
             bits: of a stored number, see `quantize`; None = `kv_bits`.
+            merge: let evicted values live on in kept ones, see `Merging`; for kv_type "evict", and not with "auto".
             tolerance, chunks: for "auto": accuracy that may be lost, in [0, 1), and chunks looked at, None = all.
 
         Raises:
-            ValueError: bad ratio, level, scorer or bits; no scores; more asked for than an evicted cache still has. The
-                kv is unchanged.
+            ValueError: bad ratio, level, scorer, bits or merge; no scores; more asked for than an evicted cache still
+                has. The kv is unchanged.
         """
+        check_merge(merge, self.kv_type)
         bits = self._checked_bits(self.kv_bits if bits is None and self.bits == FULL else bits)
         evidence: dict[str, str | float] = {}
         if isinstance(ratio, str):
             if ratio != "auto":
                 raise ValueError(f"ratio must be a number in (0, 1] or 'auto', got {ratio!r}")
+            if merge is not None:
+                raise ValueError("merge does not go with 'auto', which measures what is left without merging")
             ratio, evidence = self.bound("prune('auto')").find_ratio(
                 self, tolerance=tolerance, level=level, scorer=scorer, bits=bits, chunks=chunks
             )
         chosen, how = pruning.choose(
             self, ratio=ratio, level=level, tokens=tokens, nbytes=nbytes, threshold=threshold, scorer=scorer, bits=bits
         )
-        self.prune_to(chosen.keep, bits=bits)
-        self.pruned_with = {**how, **evidence}
+        self.prune_to(chosen.keep, bits=bits, merge=merge)
+        self.pruned_with = {**how, **({} if merge is None else {"merge": str(merge)}), **evidence}
         return PruneResult(chosen.threshold, self.ratio)
 
     def quantize(self, bits: int) -> None:
@@ -173,21 +181,51 @@ class KVCache(ScoredContext):
         for layer in self.context_layers:
             layer.quantize(bits)
 
+    def rerotate(self) -> None:
+        """Turn the kept keys to positions without gaps, so that what follows goes on from the kept length.
+
+        Every head ends where the longest one does; one that keeps fewer has a gap behind the prefix, which stays. Kept
+        turns follow. Tokens, scores and `ratio` are those of the whole context still; it can be pruned and moved again.
+
+        Raises:
+            ValueError: a kv that masks, keys that are quantised or lack channels, a model that does not rotate keys or
+                has sliding windows, or no model (see `owner`).
+        """
+        rerotate(self)
+
+    def prune_channels(self, ratio: float, *, window: int = WINDOW) -> None:
+        """Remove the channels of the stored keys, prefix included, that matter least (ThinK, arXiv 2407.21018).
+
+        A channel of a head counts by the mean q^2 of the last `window` queries, run once more over what is left, times
+        the mean k^2. The tail keeps all. For good; it can be pruned and quantised later, but not extended or scored.
+
+        Args:
+            ratio: fraction kept of a head's channels, in (0, 1]; an even number of them.
+            window: tokens at the end of the context.
+
+        Raises:
+            ValueError: a bad ratio or window, keys that are quantised, moved, or without all channels already, a model
+                with sliding windows, or no model (see `owner`).
+        """
+        prune_channels(self, ratio, window)
+
     def _checked_bits(self, bits: int | None) -> int | None:
         if bits is not None and check_bits(bits) != self.bits and self.bits != FULL:
             raise ValueError(f"this kv is quantised to {self.bits} bits already, so it cannot have {bits}")
         return bits
 
-    def prune_to(self, keep: Tensor, *, bits: int | None = None) -> None:
+    def prune_to(self, keep: Tensor, *, bits: int | None = None, merge: Merging | None = None) -> None:
         """Keep exactly what `keep` marks: for a selection of your own.
 
         Args:
             keep: (num_layers, num_key_value_heads, context_length) bool, True = kept.
             bits: of a stored number; None = as now.
+            merge: as for `prune`.
 
         Raises:
             ValueError: wrong shape or dtype, or pairs that an evicted cache no longer has. The kv is unchanged.
         """
+        check_merge(merge, self.kv_type)
         now = self.keep_mask
         if keep.dtype != torch.bool or keep.shape != now.shape:
             raise ValueError(f"keep must be bool of shape {tuple(now.shape)}, got {keep.dtype} {tuple(keep.shape)}")
@@ -195,7 +233,7 @@ class KVCache(ScoredContext):
         if evict and bool((keep & ~now).any()):
             raise ValueError("keep marks pairs that were evicted before; they cannot return")
         for layer, rows in zip(self.context_layers, keep, strict=True):
-            layer.prune(rows, evict=evict, bits=bits)
+            layer.prune(rows, evict=evict, bits=bits, merge=merge)
         self.pruned_with = {}
 
     # -- the tail ----------------------------------------------------------------------------------------------------
@@ -229,13 +267,14 @@ class KVCache(ScoredContext):
     @contextmanager
     def observe(self, observer: Observer, focus: Focus | TailFocus | None = None) -> Iterator[None]:
         """Call `observer` after every attention inside the block, with log-sum-exp over `focus`, None = all keys."""
+        before = [(layer.observer, layer.focus) for layer in self.context_layers]
         for layer in self.context_layers:
             layer.observer, layer.focus = observer, focus
         try:
             yield
         finally:
-            for layer in self.context_layers:
-                layer.observer = layer.focus = None
+            for layer, held in zip(self.context_layers, before, strict=True):
+                layer.observer, layer.focus = held
 
     def compact(self) -> None:
         """Give back memory that holds nothing: tail buffers where no turn is kept, and what sliding windows left."""
@@ -243,18 +282,22 @@ class KVCache(ScoredContext):
             layer.compact()
 
     def absorb(self, ids: Sequence[int], scored: Mapping[str, Scores]) -> None:
-        """Make the tail a part of the context: `ids` (n,) are its tokens, `scored` their scores, of the same methods.
+        """Make the tail, or its beginning, a part of the context.
+
+        Args:
+            ids: (n,), the first tokens of the tail.
+            scored: their scores, of the methods that scored the context.
 
         Raises:
-            ValueError: other methods than those that scored the context, or scores of a wrong shape.
+            ValueError: other methods, scores of a wrong shape, or more ids than the tail has.
         """
         if set(scored) != set(self.scored):
             raise ValueError(f"the context was scored by {self.scorers}, what is added by {tuple(scored)}")
-        if self.tail_length != len(ids):
+        if self.tail_length < len(ids):
             raise ValueError(f"{len(ids)} ids are given for a tail of {self.tail_length} tokens")
         before = dict(self.scored)
         for layer in self.context_layers:
-            layer.absorb()
+            layer.absorb(len(ids))
         for name, added in scored.items():
             parts = zip(before[name], added, strict=True)
             joined = [None if a is None or b is None else torch.cat([a, b.cpu().to(a.dtype)], dim=-1) for a, b in parts]
@@ -272,6 +315,10 @@ class KVCache(ScoredContext):
         for layer in new.layers:
             layer.copy_tail()
         return new
+
+    def become(self, other: KVCache) -> None:
+        """Take over everything of `other`, which is of no use afterwards."""
+        vars(self).update(vars(other))
 
     def to(self, device: torch.device | str | Sequence[torch.device | str]) -> KVCache:
         """Return this kv on `device`, or with one device a layer; `model.layer_devices` puts it where the model is."""

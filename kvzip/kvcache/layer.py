@@ -8,9 +8,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvzip.attention import Backend, Focus, KVStates, LogicalLength, Padding, RaggedKV, TailFocus, attend_focused
+from kvzip.kvcache import packing
+from kvzip.kvcache.layout import KeyLayout
 from kvzip.kvcache.observer import Observer
-from kvzip.kvcache.store import FULL, appended, evicted, pack, quantized, turned_back, unpack
+from kvzip.kvcache.store import FULL, appended, evicted, quantized, turned_back
 from kvzip.kvcache.tail import Tail, cloned
+from kvzip.kvcache.transforms.channels import attend_narrow
+from kvzip.kvcache.transforms.merging import Merging
 
 
 class ContextLayer(CacheLayerMixin, KVStates):
@@ -22,6 +26,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
     Attributes:
         context: the stored context, or None before `seal`.
         keep_mask: (num_key_value_heads, context_length) bool, True = kept; None = all.
+        layout: where the stored keys stand, and of which channels they are.
         tail: what comes after the context.
     """
 
@@ -43,6 +48,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.sliding_window = sliding_window
         self.context: RaggedKV | None = None
         self.keep_mask: Tensor | None = None
+        self.layout = KeyLayout()
         self.prefix_length = 0
         self.context_length = 0
         self.tail = Tail()
@@ -77,12 +83,12 @@ class ContextLayer(CacheLayerMixin, KVStates):
         return self, self
 
     def get_seq_length(self) -> int:
-        """Logical length, tokens: positions go on from it, however much was evicted."""
-        return self.sealed_length + self.tail_length
+        """Logical length: positions go on from it, however much was evicted, unless keys were moved together."""
+        return self.context_end + self.tail_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Logical key length and offset, marked so that no mask is made."""
-        return LogicalLength(self.get_seq_length() + query_length, self.sealed_length, self.hybrid), 0
+        return LogicalLength(self.get_seq_length() + query_length, self.context_end, self.hybrid), 0
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -127,9 +133,15 @@ class ContextLayer(CacheLayerMixin, KVStates):
                 "treated as global within; shorten the context or max_new_tokens"
             )
         if padding is not None:
-            self.tail.skip = padding.columns.to(query.device) - self.sealed_length
+            self.tail.skip = padding.columns.to(query.device) - self.context_end
         tail = self.tail.view()
-        if self.focus is None:
+        if self.layout.channels is not None:
+            assert self.focus is None, "whoever scores asks for the keys first, and is refused"
+            output, lse = attend_narrow(
+                self.backend.block, self.layout.channels, query, self.store, tail, scaling=scaling, softcap=softcap,
+                sinks=sinks,
+            )  # fmt: skip
+        elif self.focus is None:
             output, lse = self.backend.attend(query, self.context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
         else:
             output, lse = attend_focused(
@@ -159,23 +171,22 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     @property
     def token_nbytes(self) -> int:
-        """Bytes of one token's keys and values in all heads."""
+        """Bytes of one token's keys and values in all heads, as the prefill made them."""
         context = self.store
-        width = context.keys.shape[1] + context.values.shape[1]
+        width = (self.layout.width or context.keys.shape[1]) + context.values.shape[1]
         return len(context.lengths) * width * context.keys.element_size()
 
     @property
     def tail_nbytes(self) -> int:
-        """Bytes of tail buffers and masks."""
+        """Bytes of tail buffers, masks and positions."""
         more = self.store.quantized
         masks = (self.keep_mask, self.store.mask, None if more is None else more.mask)
-        return self.tail.nbytes + sum(mask.nbytes for mask in masks if mask is not None)
+        return self.tail.nbytes + self.layout.nbytes + sum(mask.nbytes for mask in masks if mask is not None)
 
     @property
     def is_static(self) -> bool:
         """Whether decoding steps can be captured: the length is known on the device alone, and there is no window."""
-        whole = self.context is None or self.context.quantized is None
-        return self.backend.static and self.sliding_window is None and whole
+        return self.backend.static and self.sliding_window is None and self.layout.channels is None
 
     @property
     def is_masked(self) -> bool:
@@ -185,8 +196,13 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     @property
     def sealed_length(self) -> int:
-        """Logical length of prefix and context, 0 before `seal`."""
+        """Tokens of prefix and context, 0 before `seal`."""
         return self.prefix_length + self.context_length
+
+    @property
+    def context_end(self) -> int:
+        """Position of the first token after the context: `sealed_length`, or less where keys were moved together."""
+        return self.sealed_length - self.layout.shift
 
     @property
     def tail_length(self) -> int:
@@ -204,7 +220,13 @@ class ContextLayer(CacheLayerMixin, KVStates):
         return keys, values
 
     def recent_states(self) -> tuple[Tensor, Tensor]:
-        """Keys and values (num_key_value_heads, prefix_length + tail_length, head_dim) of the prefix and the tail."""
+        """Keys and values (num_key_value_heads, prefix_length + tail_length, head_dim) of the prefix and the tail.
+
+        Raises:
+            ValueError: channels of the keys were removed.
+        """
+        if self.layout.channels is not None:
+            raise ValueError("channels of this kv's keys were removed, so that nothing more can join its context")
         prefix = torch.arange(self.prefix_length, device=self.store.keys.device)
         rows = self.store.cu_seqlens_k[:-1, None] + prefix
         keys, values = (states[0] for states in self.tail.states)
@@ -217,13 +239,14 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.context = RaggedKV(keys.reshape(heads * length, -1), values.reshape(heads * length, -1), (length,) * heads)
         self.prefix_length, self.context_length = prefix_length, length - prefix_length
 
-    def absorb(self) -> None:
-        """Make the tail, of one sequence, a part of the context, whose every head gets all of it."""
-        keys, values = self.tail.take()
+    def absorb(self, count: int) -> None:
+        """Make the first `count` tokens of the tail, of one sequence, a part of the context, in every head."""
+        keys, values = self.tail.take(count)
         added = keys.shape[2]
         self.context = appended(self.store, keys[0], values[0])
         if self.keep_mask is not None:
             self.keep_mask = torch.cat([self.keep_mask, self.keep_mask.new_ones(len(self.keep_mask), added)], dim=1)
+        self.layout = self.layout.appended(self.context_end, added)
         self.context_length += added
 
     @property
@@ -231,7 +254,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
         """Of a stored number, 16 where the context is in the model's precision."""
         return FULL if self.store.quantized is None else self.store.quantized.bits
 
-    def prune(self, keep: Tensor, *, evict: bool, bits: int | None = None) -> None:
+    def prune(self, keep: Tensor, *, evict: bool, bits: int | None = None, merge: Merging | None = None) -> None:
         """Keep only what `keep` marks.
 
         Args:
@@ -239,6 +262,7 @@ class ContextLayer(CacheLayerMixin, KVStates):
             evict: drop the rest from memory; otherwise keep the store as it is and mask it.
             bits: of a stored number afterwards; None = as now. A quantised store is turned back and quantised again
                 where rows are dropped from it.
+            merge: with `evict`, how the values of dropped rows go to others; None = they do not.
         """
         bits = self.bits if bits is None else bits
         keep = keep.to(self.store.keys.device)
@@ -248,7 +272,10 @@ class ContextLayer(CacheLayerMixin, KVStates):
             rows, stored = self._with_prefix(keep), self._stored_rows()
             assert not bool((rows & ~stored).any()), "evicted pairs cannot return"
             if not torch.equal(rows, stored):
-                self.context = evicted(turned_back(self.store), stored, rows)
+                store = turned_back(self.store)
+                if merge is not None:
+                    store = merge.into(store, rows[stored], self.prefix_length)
+                self.context = evicted(store, stored, rows)
         if bits != self.bits:
             self.quantize(bits)
         self.keep_mask = keep
@@ -281,50 +308,17 @@ class ContextLayer(CacheLayerMixin, KVStates):
         """Replace every tensor by `function(tensor)`."""
         self.context = self.store.apply(function)
         self.keep_mask = None if self.keep_mask is None else function(self.keep_mask)
+        self.layout = self.layout.apply(function)
         self.tail = self.tail.mapped(function)
         self.device = self.store.keys.device
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON facts from which `unpack` restores the layer."""
-        if self.tail_length and (self.tail.batch > 1 or self.tail.skip is not None):
-            raise ValueError(f"this kv holds the turns of {self.tail.batch} sequences: crop them before saving")
-        tensors, stored = pack(self.store)
-        if self.keep_mask is not None:
-            tensors["keep_mask"] = self.keep_mask
-        if self.tail_length:
-            tensors["tail_keys"], tensors["tail_values"] = self.tail.states
-        facts = {
-            **stored,
-            "prefix_length": self.prefix_length,
-            "context_length": self.context_length,
-            "sliding_window": self.sliding_window,
-            "masked": self.is_masked,
-        }
-        return tensors, facts
+        """Tensors and JSON facts from which `unpack` restores the layer; see `packing`."""
+        return packing.pack(self)
 
     def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Take over what `pack` gave."""
-        store = unpack(tensors, facts)
-        prefix, context = facts["prefix_length"], facts["context_length"]
-        self.keep_mask = tensors.get("keep_mask")
-        consistent = (
-            prefix >= 0
-            and context > 0
-            and all(length <= prefix + context for length in store.kv_lengths)
-            and (store.quantized is None or store.lengths[0] == prefix)
-            and (self.keep_mask is None or self.keep_mask.shape == (len(store.lengths), context))
-        )
-        if not consistent:
-            raise ValueError("the lengths of a layer contradict its tensors")
-        self.lazy_initialization(store.keys, store.values)
-        self.prefix_length, self.context_length = prefix, context
-        self.sliding_window = facts["sliding_window"]
-        self.context = store
-        if facts["masked"]:
-            assert self.keep_mask is not None
-            self.mask_rows(self.keep_mask)
-        if "tail_keys" in tensors:
-            self.tail.put(tensors["tail_keys"], tensors["tail_values"])
+        packing.unpack(self, tensors, facts)
 
     def _with_prefix(self, keep: Tensor) -> Tensor:
         return torch.cat([keep.new_ones(keep.shape[0], self.prefix_length), keep], dim=1)

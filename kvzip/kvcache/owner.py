@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+from torch import Tensor
+
+from kvzip.attention import Rotation
+
 
 class Fidelity(NamedTuple):
     """How well a context is repeated from a kv.
@@ -22,6 +26,18 @@ class Fidelity(NamedTuple):
     full_accuracy: float | None = None
 
 
+class Seen(NamedTuple):
+    """What a prunable layer did in a pass.
+
+    Attributes:
+        query: (num_heads, q_len, head_dim), after RoPE.
+        rotation: how its module rotates queries and keys.
+    """
+
+    query: Tensor
+    rotation: Rotation
+
+
 class Owner(Protocol):
     """A model; see `ModelKVzip` for the methods."""
 
@@ -32,6 +48,10 @@ class Owner(Protocol):
     @property
     def find_ratio(self) -> Callable[..., tuple[float, dict[str, str | float]]]:
         """(kv, tolerance=, ...) -> the smallest safe ratio and the evidence."""
+
+    @property
+    def look(self) -> Callable[..., list[Seen]]:
+        """(kv, ids) -> what the prunable layers do with ids after all that the kv holds, which is forgotten again."""
 
     @property
     def extend(self) -> Callable[..., None]:

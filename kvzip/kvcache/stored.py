@@ -43,8 +43,13 @@ class StoredContext(Cache):
 
     @property
     def sealed_length(self) -> int:
-        """Logical length of prefix and context."""
+        """Tokens of prefix and context."""
         return self.context_layers[0].sealed_length
+
+    @property
+    def context_end(self) -> int:
+        """Position of the first token after the context: `sealed_length`, or less after `rerotate`."""
+        return self.context_layers[0].context_end
 
     @property
     def tail_length(self) -> int:

@@ -38,6 +38,13 @@ def describe(kv: KVCache) -> str:
         f"kept {kv.ratio:.1%}: {format_bytes(kv.full_nbytes)} -> {format_bytes(kv.nbytes)}"
         + (" (masked, still stored)" if kv.kv_type == "retain" and kv.is_pruned else ""),
     ]
+    keys = kv.context_layers[0].layout
+    if keys.shift:
+        lines.append(
+            f"kept keys stand together: what follows is at position {kv.context_end:,}, not {kv.sealed_length:,}"
+        )
+    if keys.channels is not None:
+        lines.append(f"keys have {keys.channels.shape[1]} of {keys.width} channels")
     if kv.is_pruned:
         if kv.pruned_with:
             facts = (

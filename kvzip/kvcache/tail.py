@@ -85,6 +85,7 @@ class Tail:
             raise ValueError(f"the kv's tail holds {self.batch} sequences, got states of {keys.shape[0]}")
         if stop > self.capacity or self.batch != keys.shape[0]:
             self._grow(max(stop, self._reserved or max(_FIRST_CAPACITY, 2 * self.capacity)), keys, values)
+            self._reserved = 0
         assert self._buffers is not None
         for buffer, states in zip(self._buffers, (keys, values), strict=True):
             buffer[:, :, start:stop] = states
@@ -139,12 +140,16 @@ class Tail:
         if self.batch != (1 if buffers is None else buffers[0].shape[0]):
             self._buffers = buffers
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Return the states in use and be empty: they are no longer the tail's."""
-        states = self.states
+    def take(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return the first `count` states in use, None = all: they are no longer the tail's, which keeps the rest."""
+        keys, values = self.states
+        count = self.length if count is None else count
+        left = self.length - count
         self.length = self._reserved = 0
         self._buffers = None
-        return states
+        if left:
+            self.put(keys[:, :, count:].clone(), values[:, :, count:].clone())
+        return keys[:, :, :count], values[:, :, :count]
 
     def put(self, keys: Tensor, values: Tensor) -> None:
         """Take over states (1, num_key_value_heads, n, head_dim) as the whole tail."""

@@ -129,7 +129,7 @@ def read(model: ModelKVzip, kv: KVCache, ids: Sequence[int], scorers: Sequence[S
             unchanged.
     """
     ids = check_vocabulary(model, list(ids))
-    check_positions(model, kv.sealed_length + len(ids))
+    check_positions(model, kv.context_end + len(ids))
     scored: dict[str, Scores] = {}
     with torch.no_grad(), kv.scratch(keep=True):
         for layer in kv.context_layers:
@@ -168,7 +168,7 @@ def shown(model: ModelKVzip, kv: KVCache, ids: Sequence[int]) -> ScoringContext:
     def no_gradients(ids: Sequence[int]) -> Tensor:
         raise ValueError("a method that needs gradients scores whole contexts, not blocks: leave the budget out")
 
-    gone = kv.sealed_length - prefix
+    gone = kv.context_end - prefix
     return ScoringContext(
         layers=views,
         context_ids=list(ids),

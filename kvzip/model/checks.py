@@ -40,9 +40,10 @@ def check_kv(model: ModelKVzip, kv: KVCache, num_ids: int = 0) -> None:
                 f"layer {index} of the kv is on {layer.device}, the model's on {device}; "
                 "move it with kv.to(model.layer_devices)"
             )
-    if len(kv.input_ids) != kv.get_seq_length():
+    tokens = kv.sealed_length + kv.tail_length
+    if len(kv.input_ids) != tokens:
         raise ValueError(
-            f"this kv holds {kv.get_seq_length()} tokens, its input_ids {len(kv.input_ids)}: it was used elsewhere as "
+            f"this kv holds {tokens} tokens, its input_ids {len(kv.input_ids)}: it was used elsewhere as "
             "past_key_values; do that inside `with kv.scratch():`, or crop what was appended"
         )
     check_positions(model, kv.get_seq_length() + num_ids)

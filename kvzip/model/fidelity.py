@@ -39,7 +39,7 @@ def chosen_passes(model: ModelKVzip, kv: KVCache, chunks: int | None, seed: int)
         raise ValueError(f"this kv has {kv.tail_length} tokens of kept turns; fidelity is that of the context alone")
     ids = kv.input_ids[kv.prefix_length : kv.sealed_length].tolist()
     prompts = repeat_prompts(model.encode, model.prompting.suffix_ids)
-    room = None if model.max_positions is None else model.max_positions - kv.sealed_length
+    room = None if model.max_positions is None else model.max_positions - kv.context_end
     found = fitting_inputs(ids, CHUNK, prompts, room)
     if chunks is not None and chunks < len(found):
         found = sorted(random.Random(seed).sample(found, chunks), key=lambda one: one.start)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from kvzip.kvcache import KVCache
+from kvzip.model.compressing import Compressor, Decoding
 from kvzip.model.decode import decode, make_plan
 from kvzip.model.passes import feed
 
@@ -23,28 +25,38 @@ _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 def generate(
-    model: ModelKVzip, queries: list[list[int]], kv: KVCache | None, *, keep: bool, close_turn: bool, **kwargs: Any
+    model: ModelKVzip,
+    queries: list[list[int]],
+    kv: KVCache | None,
+    *,
+    keep: bool,
+    close_turn: bool,
+    compress: Decoding | None = None,
+    **kwargs: Any,
 ) -> list[Tensor]:
     """Generate after each of `queries` (ids) over one `kv`, all at once.
 
     Args:
         keep: keep the turn in `kv`; with one query.
         close_turn: end a kept turn with the chat template's end of answer and start of the next user turn.
+        compress: compress a copy of `kv` on the way, which `kv` becomes where the turn is kept; with one query.
         kwargs: for transformers' `generate`.
 
     Returns:
         The new ids of each query (n,) on the CPU, without the end-of-sequence token.
 
     Raises:
-        ValueError: beams or several returned sequences, assisted decoding of a hybrid model, no positions left.
+        ValueError: beams or several returned sequences, assisted decoding of a hybrid model, no positions left, and
+            what cannot be compressed. `kv` is unchanged.
     """
-    history = model.prompting.prefix_ids() if kv is None else kv.input_ids.tolist()
+    history = model.prompting.prefix_ids() if kv is None else _history(kv)
     closing = model.prompting.between_ids if keep and close_turn else []
     # Positions beside the answer's own: those of a kept turn's end; without one, the last new token is never fed.
     longest = max(len(query) for query in queries)
     options = _options(model, kwargs, kv, len(history) + longest, closing=len(closing) if keep else -1)
     if len(queries) > 1 and any(options.get(name) is not None for name in _ASSISTED):
         raise ValueError("assisted decoding takes one query at a time")
+    compressor = None if compress is None else _compressor(model, kv, compress, queries, options, keep=keep)
     # Padding is masked, whatever it is; as a token of the history it is no news to processors of logits.
     pad = history[0] if history else 0
     if kv is None:
@@ -53,18 +65,57 @@ def generate(
     answers: list[Tensor] = [torch.empty(0)] * len(queries)
     for rows in _batches(queries, equal=hybrid):
         batch = _padded(history, [queries[row] for row in rows], pad, model.device, before=False)
-        with kv.scratch(keep=keep):
-            for row, answer in zip(rows, _run(model, *batch, kv, options), strict=True):
+        used = kv if compressor is None else compressor.kv
+        with kv.scratch(keep=keep) if compressor is None else nullcontext():
+            for row, answer in zip(rows, _run(model, *batch, used, options, compressor), strict=True):
                 answers[row] = answer
             if not keep:
                 continue
             turn = [*queries[0], *answers[0].tolist(), *closing]
-            rest = turn[kv.get_seq_length() - start :]
+            rest = turn[used.get_seq_length() - start :]
             if rest:
-                feed(model.model, kv, rest)
-            kv.compact()
-            kv.input_ids = torch.tensor(history + turn, dtype=torch.int64)
+                feed(model.model, used, rest)
+            used.compact()
+            used.input_ids = torch.cat([kv.input_ids, torch.tensor(turn, dtype=torch.int64)])
+            kv.become(used)
     return answers
+
+
+def _history(kv: KVCache) -> list[int]:
+    """Ids, one a position: all, but where keys were moved together, without the context's first."""
+    gone = kv.sealed_length - kv.context_end
+    return torch.cat([kv.input_ids[: kv.prefix_length], kv.input_ids[kv.prefix_length + gone :]]).tolist()
+
+
+def _compressor(
+    model: ModelKVzip,
+    kv: KVCache | None,
+    how: Decoding,
+    queries: list[list[int]],
+    options: dict[str, Any],
+    *,
+    keep: bool,
+) -> Compressor:
+    """What compresses a copy of `kv`.
+
+    Raises:
+        ValueError: no kv, several queries, assisted decoding, or a kept turn of a kv that only masks.
+    """
+    if not isinstance(how, Decoding):
+        raise ValueError(f"compress must be a kvzip.Decoding, such as Decoding(tokens=2048), got {how!r}")
+    if kv is None:
+        raise ValueError("compress needs a kv to compress: prefill the context, or the first part of the query")
+    if len(queries) > 1:
+        raise ValueError(f"compress takes one query at a time, got {len(queries)}")
+    assisted = [name for name in _ASSISTED if options.get(name) is not None]
+    if assisted:
+        raise ValueError(f"{assisted[0]} takes tokens back, which compress may have evicted; leave out one of them")
+    if keep and kv.kv_type != "evict":
+        raise ValueError(
+            f"compress with update_cache=True evicts, which a kv of type {kv.kv_type!r} never does; use "
+            "kv_type='evict', or update_cache=False"
+        )
+    return Compressor(model, kv.clone(), how)
 
 
 def _batches(queries: list[list[int]], *, equal: bool) -> list[list[int]]:
@@ -100,17 +151,26 @@ def _padded(
 
 
 def _run(
-    model: ModelKVzip, ids: Tensor, mask: Tensor | None, kv: KVCache | None, options: dict[str, Any]
+    model: ModelKVzip,
+    ids: Tensor,
+    mask: Tensor | None,
+    kv: KVCache | None,
+    options: dict[str, Any],
+    compressor: Compressor | None = None,
 ) -> list[Tensor]:
     config = _effective_config(model, options)
     plan = None if kv is None or config is None else make_plan(config)
     if plan is not None:
         assert kv is not None
-        new = decode(model.model, kv, ids, mask, plan)
+        new = decode(model.model, kv, ids, mask, plan) if compressor is None else compressor.decode(ids, plan)
     else:
+        if compressor is not None:
+            criteria = [*(options.get("stopping_criteria") or ()), compressor.between_steps()]
+            options = {**options, "stopping_criteria": StoppingCriteriaList(criteria)}
         attention_mask = torch.ones_like(ids) if mask is None else mask
         cache = {} if kv is None else {"past_key_values": kv}
-        output = model.model.generate(ids, attention_mask=attention_mask, **cache, **options)  # type: ignore[operator]
+        with nullcontext() if compressor is None else compressor.watching():
+            output = model.model.generate(ids, attention_mask=attention_mask, **cache, **options)  # type: ignore[operator]
         new = (output if isinstance(output, Tensor) else output.sequences)[:, ids.shape[1] :]
     eos = torch.tensor(sorted(_eos_ids(model, options)), dtype=torch.int64)
     return [_until(row, eos) for row in new.cpu()]

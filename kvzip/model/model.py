@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvzip import head_scores
 from kvzip.attention import restore as restore_attention
-from kvzip.kvcache import Fidelity, KVCache, check_bits
-from kvzip.model import blocks, calibration, fidelity, generation, loading, passes
+from kvzip.kvcache import Fidelity, KVCache, Seen, check_bits
+from kvzip.model import blocks, calibration, fidelity, generation, loading, passes, seen
 from kvzip.model.checks import check_kv, check_kv_type, check_positions, check_scorers, check_vocabulary
+from kvzip.model.compressing import Decoding
 from kvzip.model.probe import make_layers
 from kvzip.model.prompting import INSTRUCTION, Query, as_ids, is_batch, is_messages
 from kvzip.model.wrapped import WrappedModel
@@ -234,6 +235,10 @@ class ModelKVzip(WrappedModel):
         check_kv(self, kv)
         return fidelity.find_ratio(self, kv, **options)
 
+    def look(self, kv: KVCache, ids: Sequence[int]) -> list[Seen]:
+        """What the prunable layers do with `ids` after all that `kv` holds; for transforms of a kv."""
+        return seen.look(self, kv, ids)
+
     def _score(self, kv: KVCache, scorers: Sequence[Scorer], notes: Mapping[str, list[Notes]]) -> None:
         seen = passes.scoring_context(self.model, kv, self._seams.modules, self.prompting, self.max_positions)
         passes.score(kv, scorers, seen, notes)
@@ -245,6 +250,7 @@ class ModelKVzip(WrappedModel):
         *,
         update_cache: bool = False,
         return_ids: bool = False,
+        compress: Decoding | None = None,
         **kwargs: Any,
     ) -> str | Tensor | list[str] | list[Tensor]:
         """Answer a query from `kv`, or a list of queries at once; greedy unless told otherwise.
@@ -257,6 +263,7 @@ class ModelKVzip(WrappedModel):
             update_cache: keep this turn in `kv`, closed as the chat template closes it, so that the next query is the
                 next turn; otherwise `kv` is as before. With a single query.
             return_ids: return the new ids (n,) in place of text; always so without a tokenizer.
+            compress: keep what is decoded within a budget, on a copy of `kv`, which `kv` becomes with `update_cache`.
             kwargs: for transformers' `generate`: `max_new_tokens` (default 512), `do_sample`, `streamer`,
                 `stop_strings`, `logits_processor`, ...
 
@@ -280,7 +287,9 @@ class ModelKVzip(WrappedModel):
             raise ValueError("update_cache=True needs a kv to keep the turn in, got kv=None")
         templated = not many and (isinstance(query, str) or is_messages(query))
         with torch.no_grad():
-            found = generation.generate(self, ids, kv, keep=update_cache, close_turn=templated, **kwargs)
+            found = generation.generate(
+                self, ids, kv, keep=update_cache, close_turn=templated, compress=compress, **kwargs
+            )
         answers: list[Any] = found if return_ids or self.tokenizer is None else [self.decode(one) for one in found]
         return answers if many else answers[0]
 

@@ -7,16 +7,14 @@ token, no expert with more tokens than its capacity. All in float32, without dro
 
 from __future__ import annotations
 
-import difflib
 import math
-from dataclasses import dataclass
-from numbers import Real
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-BALANCE_MODES = ("entropy", "variance", "gini")
+from kvzip.scoring.router_settings import RouterSettings
+
 ROUNDS = 50  # of the iteration that makes loads equal
 
 
@@ -38,73 +36,6 @@ class Routing(NamedTuple):
     balance_loss: Tensor
 
 
-@dataclass(frozen=True)
-class RouterSettings:
-    """PiKVpress's settings of a router, and the width of its hidden layers.
-
-    Args:
-        num_experts: how many there are.
-        top_k: experts a token.
-        capacity_factor: an expert takes up to this times its fair share of the tokens, the most certain first.
-        router_type: "base" | "topk_balanced" | "adaptive" | "pikv" | "eplb" | "hierarchical".
-        cache_aware: type pikv looks at how much of the attention each expert would keep.
-        importance_threshold: of types adaptive and pikv: tokens above it count twice.
-        adaptive_top_k: of the same: experts a token from 1 to `top_k`, by context.
-        aux_loss_weight: of the balance loss, in training.
-        balance_mode, balance_coefficient: what type topk_balanced adds to the balance loss.
-        temperature: of type eplb's softmax.
-        num_groups, group_top_k: of type hierarchical: equal groups of experts, and how many of them a token has.
-        width: hidden units; PiKVpress has as many as the model.
-    """
-
-    num_experts: int = 4
-    top_k: int = 2
-    capacity_factor: float = 1.5
-    router_type: str = "pikv"
-    cache_aware: bool = True
-    importance_threshold: float = 0.5
-    adaptive_top_k: bool = True
-    aux_loss_weight: float = 0.01
-    balance_mode: str = "entropy"
-    balance_coefficient: float = 0.01
-    temperature: float = 1.0
-    num_groups: int = 4
-    group_top_k: int = 1
-    width: int = 64
-
-    def check(self) -> None:
-        """Raise ValueError for a setting that makes no router."""
-        for name, choices in (("router_type", tuple(ROUTERS)), ("balance_mode", BALANCE_MODES)):
-            value = getattr(self, name)
-            if value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"unknown {name} {value!r}; expected one of {choices}{hint}")
-        for name in ("num_experts", "top_k", "num_groups", "group_top_k", "width"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number above 0, got {value!r}")
-        for name in ("capacity_factor", "temperature"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a number above 0, got {value!r}")
-        for name in ("aux_loss_weight", "balance_coefficient"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be 0 or more, got {value!r}")
-        if not 0 <= self.importance_threshold <= 1:
-            raise ValueError(f"importance_threshold must be from 0 to 1, got {self.importance_threshold!r}")
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
-        if self.router_type == "hierarchical":
-            if self.num_experts % self.num_groups:
-                raise ValueError(
-                    f"num_experts={self.num_experts} do not make num_groups={self.num_groups} equal groups"
-                )
-            if self.group_top_k > self.num_groups:
-                raise ValueError(f"group_top_k={self.group_top_k} is more than num_groups={self.num_groups}")
-
-
 def perceptron(inputs: int, width: int, outputs: int) -> nn.Sequential:
     """Two linear maps with a ReLU between them, their weights not set; nothing is drawn."""
     first, last = (nn.utils.skip_init(nn.Linear, *sizes) for sizes in ((inputs, width), (width, outputs)))
@@ -114,11 +45,11 @@ def perceptron(inputs: int, width: int, outputs: int) -> nn.Sequential:
 class Router(nn.Module):
     """Type base: the experts' probabilities are a softmax over the output of a perceptron."""
 
-    adjusting: ClassVar[tuple[str, ...]] = ()  # parts that change nothing before they are trained
+    adjusting: tuple[str, ...] = ()  # parts that change nothing before they are trained
 
     def __init__(self, hidden_size: int, settings: RouterSettings) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.hidden_size = settings, hidden_size
         self.router = perceptron(hidden_size, settings.width, settings.num_experts)
 
     def draw(self, generator: torch.Generator) -> Router:
@@ -127,7 +58,7 @@ class Router(nn.Module):
             for parameter in self.parameters():
                 _ = nn.init.xavier_normal_(parameter, generator=generator) if parameter.ndim > 1 else parameter.zero_()
             for name in self.adjusting:
-                self.get_submodule(name)[-1].weight.zero_()  # type: ignore[index, operator, union-attr]
+                self.get_submodule(name)[-1].weight.zero_()  # type: ignore[index]
         return self.eval().requires_grad_(False)
 
     def tokens(self, hidden: Tensor) -> Tensor:
@@ -145,10 +76,13 @@ class Router(nn.Module):
         probs = tokens.softmax(-1)
         return self.routed(probs, self.dispatch(probs, self.settings.top_k), self.balance(probs))
 
-    def dispatch(self, probs: Tensor, top_k: int, capacity_factor: float | None = None) -> Tensor:
+    def dispatch(
+        self, probs: Tensor, top_k: int, *, capacity_factor: float | None = None, dense: Tensor | None = None
+    ) -> Tensor:
         """Weights (n, num_experts) from probabilities: the top k that have room for the token, summing to 1.
 
-        Where all of a token's experts are full, its probabilities are its weights.
+        Where all of a token's experts are full, its probabilities are its weights. In training gradients are those of
+        the `dense` probabilities, None = `probs`, so that experts that were not asked can learn to be.
         """
         chosen = top_experts(probs, top_k)
         factor = self.settings.capacity_factor if capacity_factor is None else capacity_factor
@@ -159,7 +93,9 @@ class Router(nn.Module):
         )
         weights = probs * (chosen & (place < capacity))
         total = weights.sum(-1, keepdim=True)
-        return torch.where(total > 0, weights / total.clamp_min(1e-20), probs)
+        weights = torch.where(total > 0, weights / total.clamp_min(1e-20), probs)
+        dense = probs if dense is None else dense
+        return weights.detach() + dense - dense.detach() if self.training else weights
 
     def balance(self, probs: Tensor) -> Tensor:
         """num_experts * sum of (mean probability * share of the top k), 1 where experts are used alike."""
@@ -184,7 +120,7 @@ class TopKBalancedRouter(Router):
 class AdaptiveRouter(Router):
     """Type adaptive: important tokens count twice, and the context says how many experts a token has."""
 
-    adjusting = ("importance_predictor", "top_k_predictor")
+    adjusting: tuple[str, ...] = ("importance_predictor", "top_k_predictor")
 
     def __init__(self, hidden_size: int, settings: RouterSettings) -> None:
         super().__init__(hidden_size, settings)
@@ -229,7 +165,7 @@ class AdaptiveRouter(Router):
 class PiKVRouter(AdaptiveRouter):
     """Type pikv: as adaptive, and experts that keep much of the attention of this context may be preferred."""
 
-    adjusting = (*AdaptiveRouter.adjusting, "cache_router_adjustment")
+    adjusting: tuple[str, ...] = (*AdaptiveRouter.adjusting, "cache_router_adjustment")
 
     def __init__(self, hidden_size: int, settings: RouterSettings) -> None:
         super().__init__(hidden_size, settings)
@@ -237,7 +173,7 @@ class PiKVRouter(AdaptiveRouter):
             inputs = hidden_size + settings.num_experts
             self.cache_router_adjustment = perceptron(inputs, settings.width, settings.num_experts)
         else:
-            self.adjusting = AdaptiveRouter.adjusting  # type: ignore[misc]
+            self.adjusting = AdaptiveRouter.adjusting
 
     def adjustment(self, mean: Tensor, hit_rates: Tensor) -> Tensor | float:
         """(num_experts,) in [-1, 1]"""
@@ -260,7 +196,7 @@ class EPLBRouter(Router):
             for _ in range(ROUNDS):
                 bias -= (logits + bias).softmax(-1).mean(0).clamp_min(1e-20).log() + math.log(len(bias))
         probs = (logits + bias).softmax(-1)
-        weights = self.dispatch(probs, self.settings.top_k, min(1.0, self.settings.capacity_factor))
+        weights = self.dispatch(probs, self.settings.top_k, capacity_factor=min(1.0, self.settings.capacity_factor))
         return self.routed(probs, weights, self.balance(logits.softmax(-1)))
 
 
@@ -286,11 +222,12 @@ class HierarchicalRouter(Router):
         groups = tokens[:, :count].softmax(-1)
         experts = tokens[:, count:].unflatten(-1, (count, -1)).softmax(-1)
         best = groups * top_experts(groups, self.settings.group_top_k)
+        dense = (groups[..., None] * experts).flatten(1)
         probs = (best[..., None] * experts).flatten(1)
         probs = probs / probs.sum(-1, keepdim=True)
         usage = top_experts(groups, self.settings.group_top_k).float().mean(0) / self.settings.group_top_k
         loss = count * (groups.mean(0) * usage).sum() + self.balance(probs)
-        return self.routed(probs, self.dispatch(probs, self.settings.top_k), loss)
+        return self.routed(probs, self.dispatch(probs, self.settings.top_k, dense=dense), loss)
 
 
 ROUTERS: dict[str, type[Router]] = {
@@ -310,7 +247,7 @@ def top_experts(probs: Tensor, top_k: int) -> Tensor:
 
 
 def unevenness(shares: Tensor, mode: str) -> Tensor:
-    """How far `shares` (num_experts,), summing to 1, are from equal, 0 where they are; see `BALANCE_MODES`."""
+    """How far `shares` (num_experts,) are from equal, 0 where they are; `mode` as in `RouterSettings.balance_mode`."""
     count = len(shares)
     if mode == "variance" or count == 1:
         return (shares - 1 / count).square().mean()

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvzip.attention import QuantizedKV, quantize
+
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "csrc/tests/cuda_emulation"
 TORCH = Path(torch.__file__).parent
@@ -19,7 +21,9 @@ INCLUDES = [f"-I{path}" for path in (EMULATION, ROOT / "csrc/cuda", ROOT / "csrc
 ATTEND = (
     "attend(Tensor query, Tensor? keys, Tensor? values, Tensor? cu_seqlens, Tensor? cu_tiles, Tensor? mask, "
     "Tensor tail_keys, Tensor tail_values, int tail_length, Tensor? tail_cursor, Tensor? tail_skip, float scaling, "
-    "float? softcap, Tensor? sinks) -> (Tensor out, Tensor lse)"
+    "float? softcap, Tensor? sinks, int bits=0, Tensor? key_codes=None, Tensor? value_codes=None, "
+    "Tensor? key_scales=None, Tensor? value_scales=None, Tensor? quantized_cu_seqlens=None, "
+    "Tensor? quantized_cu_tiles=None, Tensor? quantized_mask=None) -> (Tensor out, Tensor lse)"
 )
 COLUMN_MAX = "column_max(Tensor query, Tensor keys, Tensor lse, float scaling, float? softcap) -> Tensor"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # about a unit in the last place of 2
@@ -87,19 +91,35 @@ def inputs(dtype: torch.dtype, lengths: list[int], batch: int = 2, q_len: int = 
     }
 
 
-def expected(call: dict) -> tuple[Tensor, Tensor]:
-    """Plain attention in float64 of what the ops are given, without skips, caps and sinks."""
-    query = call["query"].double()
+def quantized(call: dict, lengths: tuple[int, ...], bits: int, mask: Tensor | None = None) -> QuantizedKV:
+    """Quantised rows after those of the context, with a channel of large keys; adds them to the arguments."""
+    generator = torch.Generator().manual_seed(5)
+    shape, dtype = (sum(lengths), call["query"].shape[-1]), call["query"].dtype
+    keys, values = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    keys[:, 7] = 20 + keys[:, 7] * 5
+    rows = quantize(keys.to(dtype), values.to(dtype), lengths, bits)
+    names = ("bits", *rows.tensors, "quantized_cu_seqlens", "quantized_cu_tiles", "quantized_mask")
+    call |= zip(names, (bits, *rows.tensors.values(), rows.cu_seqlens, rows.cu_tiles, mask), strict=True)
+    return rows
+
+
+def expected(call: dict, rows: QuantizedKV | None = None, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Plain attention in `dtype` to what the ops are given and `rows`, without skips, caps and sinks."""
+    query = call["query"].to(dtype)
     batch, heads, q_len, _ = query.shape
     kv_heads = call["tail_keys"].shape[1]
-    output, lse = torch.empty_like(query), torch.empty(batch, heads, q_len, dtype=torch.float64)
+    output, lse = torch.empty_like(query), torch.empty(batch, heads, q_len, dtype=dtype)
     bounds = call["cu_seqlens"].tolist()
     for b in range(batch):
         for h in range(heads):
             kv = h * kv_heads // heads
-            rows, own = slice(bounds[kv], bounds[kv + 1]), slice(0, call["tail_length"])
-            keys = torch.cat([call["keys"][rows], call["tail_keys"][b, kv, own]]).double()
-            values = torch.cat([call["values"][rows], call["tail_values"][b, kv, own]]).double()
+            stored, own = slice(bounds[kv], bounds[kv + 1]), slice(0, call["tail_length"])
+            parts = [(call["keys"][stored], call["values"][stored])]
+            if rows is not None:
+                seen = slice(None) if call["quantized_mask"] is None else call["quantized_mask"][kv]
+                parts.append(tuple(states[seen] for states in rows.dequantized(kv, 0, rows.lengths[kv])))
+            parts.append((call["tail_keys"][b, kv, own], call["tail_values"][b, kv, own]))
+            keys, values = (torch.cat([state.to(dtype) for state in states]) for states in zip(*parts, strict=True))
             last = keys.shape[0] - q_len + torch.arange(q_len)
             logits = query[b, h] @ keys.T * call["scaling"]
             logits.masked_fill_(torch.arange(keys.shape[0]) > last[:, None], -torch.inf)
@@ -118,6 +138,65 @@ def test_the_op_agrees_with_plain_attention(ops, dtype: torch.dtype) -> None:
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), want_output, atol=TOLERANCE[dtype], rtol=0)
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_quantised_rows_are_read_as_what_they_stand_for(ops, dtype: torch.dtype, bits: int, head_dim: int) -> None:
+    for lengths, batch, q_len in (((0, 130, 65), 1, 1), ((1, 64, 0), 2, 3)):
+        call = inputs(dtype, [3, 3, 3], batch, q_len, head_dim)
+        rows = quantized(call, lengths, bits)
+        output, lse = ops.attend(**call)
+        exact, exact_lse = expected(call, rows)
+        plain, _ = expected(call, rows, dtype)
+        assert output.dtype == dtype
+        allowed = 4 * float((plain.double() - exact).abs().max()) + 1e-6
+        assert float((output.double() - exact).abs().max()) <= allowed
+        torch.testing.assert_close(lse.double(), exact_lse, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_rows_that_are_masked_are_not_seen(ops, bits: int) -> None:
+    call = inputs(torch.float16, [0, 0, 0])
+    mask = torch.rand(3, 100, generator=torch.Generator().manual_seed(6)) < 0.5
+    mask[1] = False
+    rows = quantized(call, (100, 100, 100), bits, mask)
+    torch.testing.assert_close(ops.attend(**call)[1].double(), expected(call, rows)[1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_no_quantised_rows_change_nothing(ops) -> None:
+    call = inputs(torch.bfloat16, [70, 0, 130])
+    want, _ = ops.attend(**call)
+    quantized(call, (0, 0, 0), 8)
+    assert torch.equal(ops.attend(**call)[0], want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 2}, "bits is 2; expected 8, 4 or 0"),
+        ({"bits": 4}, r"key_codes has shape \(60, 64\); expected \(60, 32\)"),
+        ({"value_codes": None}, "must all be given with bits 8"),
+        ({"value_codes": torch.zeros(60, 64)}, "value_codes must be uint8"),
+        ({"value_codes": torch.zeros(59, 64, dtype=torch.uint8)}, r"value_codes has shape \(59, 64\)"),
+        ({"key_codes": torch.zeros(60, 65, dtype=torch.uint8)[:, :64]}, "key_codes must be contiguous"),
+        ({"key_scales": torch.zeros(3, 2, 64)}, "key_scales must be float16"),
+        ({"key_scales": torch.zeros(3, 1, 64, dtype=torch.float16)}, "key_scales has shape"),
+        ({"value_scales": torch.zeros(60, dtype=torch.float16)}, "value_scales has shape"),
+        ({"quantized_cu_tiles": torch.zeros(3, dtype=torch.int64)}, "quantized_cu_tiles has shape"),
+        ({"quantized_mask": torch.ones(3, 21, dtype=torch.bool)}, r"quantized_mask has shape \(3, 21"),
+    ],
+)
+def test_a_wrong_argument_of_quantised_rows_is_named(ops, change: dict, message: str) -> None:
+    call = inputs(torch.bfloat16, [3, 3, 3])
+    quantized(call, (20, 20, 20), 8)
+    with pytest.raises(RuntimeError, match=message):
+        ops.attend(**call | change)
 
 
 @pytest.mark.slow

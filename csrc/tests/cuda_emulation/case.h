@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "dispatch.cuh"
+#include "codes.h"
 
 namespace kvzip {
 namespace test {
@@ -21,6 +21,8 @@ struct Case {
   float softcap = 0.0f, scaling = 0.09f;
   int resident = 5, depth = 3;
   int poisoned_head = -1;  // whose context and tail hold NaN and Inf
+  int bits = 8;
+  std::vector<int64_t> coded;  // lengths of the heads' quantised rows; empty = there are none
 };
 
 // A tensor of 16- or 32-bit floats; reads and writes are rounded to its dtype.
@@ -83,6 +85,8 @@ class Call {
   Strides query_strides_, tail_strides_;
   std::vector<int64_t> cu_seqlens_{0}, cu_tiles_{0}, cursor_, skip_;
   std::vector<uint8_t> mask_;
+  std::mt19937 random_;
+  CodedRows coded_;
 };
 
 inline int64_t total(const std::vector<int64_t>& lengths) {
@@ -99,8 +103,10 @@ inline Call::Call(const Case& c, unsigned seed)
       values_(c.dtype, total_ * c.head_dim),
       tail_keys_(c.dtype, c.batch * c.kv_heads * c.capacity * c.head_dim),
       tail_values_(c.dtype, c.batch * c.kv_heads * c.capacity * c.head_dim),
-      sinks_(c.dtype, c.kv_heads * c.groups) {
-  std::mt19937 random(seed);
+      sinks_(c.dtype, c.kv_heads * c.groups),
+      random_(seed),
+      coded_(c.bits, c.head_dim, c.coded.empty() ? std::vector<int64_t>(c.kv_heads) : c.coded, c.mask, random_) {
+  std::mt19937& random = random_;
   std::normal_distribution<float> normal;
   const int64_t d = c.head_dim, query_heads = c.kv_heads * c.groups;
   // Scattered: (batch, tokens, heads, head_dim) in memory, else (batch, heads, tokens, head_dim).
@@ -120,7 +126,7 @@ inline Call::Call(const Case& c, unsigned seed)
     const int64_t begin = b % 3 == 2 ? 0 : b % 2, end = b % 3 == 1 ? begin : begin + 3 + 17 * b;
     skip_.push_back(begin), skip_.push_back(end);
     for (int h = 0; h < c.kv_heads; ++h) {
-      for (int64_t j = 0; j < c.tail_length; ++j) {  // what lies beyond stays NaN
+      for (int64_t j = 0; j < c.tail_length; ++j) {     // what lies beyond stays NaN
         if (c.skip && j >= begin && j < end) continue;  // as does what is skipped
         for (int64_t k = 0; k < d; ++k) {
           tail_keys_.set(tail_index(b, h, j) + k, normal(random));
@@ -140,6 +146,7 @@ inline Call::Call(const Case& c, unsigned seed)
       values_.set(i, NAN);
     }
     for (int64_t k = 0; k < d; ++k) tail_values_.set(tail_index(0, h, c.tail_length - 1) + k, NAN);
+    coded_.poison(h);
   }
 }
 
@@ -153,12 +160,14 @@ inline int64_t Call::tail_index(int b, int h, int64_t j) const {
 
 inline AttendParams Call::params() {
   AttendParams p{};
+  p.dtype = c_.dtype;
   p.query = query_.data(), p.query_strides = query_strides_;
   if (total_ > 0) {
     p.keys = keys_.data(), p.values = values_.data();
-    p.cu_seqlens = cu_seqlens_.data(), p.cu_tiles = cu_tiles_.data();
-    if (c_.mask) p.mask = mask_.data(), p.mask_length = c_.lengths[0];
+    p.context.cu_seqlens = cu_seqlens_.data(), p.context.cu_tiles = cu_tiles_.data();
+    if (c_.mask) p.context.mask = mask_.data(), p.context.mask_length = c_.lengths[0];
   }
+  p.quantized = coded_.params();
   p.tail_keys = tail_keys_.data(), p.tail_values = tail_values_.data();
   p.tail_key_strides = p.tail_value_strides = tail_strides_;
   p.capacity = c_.capacity;
@@ -168,7 +177,7 @@ inline AttendParams Call::params() {
   if (c_.sinks) p.sinks = sinks_.data(), p.sinks_dtype = c_.dtype;
   p.scaling = c_.scaling, p.softcap = c_.softcap;
   p.batch = c_.batch, p.kv_heads = c_.kv_heads, p.groups = c_.groups, p.q_len = c_.q_len;
-  p.depth = c_.depth;
+  p.context.depth = p.quantized.rows.depth = c_.depth;
   for (const Tensor* tensor : {&keys_, &values_, &tail_keys_, &tail_values_}) {
     emulation::allow_reads(tensor->data(), tensor->size() * Tensor::item_bytes(c_.dtype));
   }
@@ -185,24 +194,30 @@ Result Call::attend() const {
     for (int hq = 0; hq < query_heads; ++hq) {
       for (int i = 0; i < c_.q_len; ++i) {
         const int h = hq / c_.groups;
-        std::vector<const Tensor*> value_of;
-        std::vector<int64_t> at;
-        std::vector<Real> logits;
-        const auto see = [&](const Tensor& keys, const Tensor& values, int64_t index) {
+        std::vector<Real> logits, values;
+        const auto see = [&](const auto& key, const auto& value) {
           Real logit = 0;
           for (int k = 0; k < c_.head_dim; ++k) {
-            logit += static_cast<Real>(query_.get(query_index(b, hq, i) + k)) * static_cast<Real>(keys.get(index + k));
+            logit += static_cast<Real>(query_.get(query_index(b, hq, i) + k)) * static_cast<Real>(key(k));
+            values.push_back(static_cast<Real>(value(k)));
           }
           logit *= static_cast<Real>(c_.scaling);
           if (c_.softcap != 0.0f) logit = c_.softcap * std::tanh(logit / static_cast<Real>(c_.softcap));
-          logits.push_back(logit), value_of.push_back(&values), at.push_back(index);
+          logits.push_back(logit);
+        };
+        const auto see_row = [&](const Tensor& keys, const Tensor& values, int64_t index) {
+          see([&](int k) { return keys.get(index + k); }, [&](int k) { return values.get(index + k); });
         };
         for (int64_t j = total_ > 0 ? cu_seqlens_[h] : 0; total_ > 0 && j < cu_seqlens_[h + 1]; ++j) {
-          if (!c_.mask || mask_[j]) see(keys_, values_, j * c_.head_dim);
+          if (!c_.mask || mask_[j]) see_row(keys_, values_, j * c_.head_dim);
+        }
+        for (int64_t j = coded_.begin(h); j < coded_.end(h); ++j) {
+          if (!coded_.is_visible(j)) continue;
+          see([&](int k) { return coded_.key(h, j, k); }, [&](int k) { return coded_.value(j, k); });
         }
         for (int64_t j = 0; j <= c_.tail_length - c_.q_len + i; ++j) {
           if (c_.skip && j >= skip_[2 * b] && j < skip_[2 * b + 1]) continue;
-          see(tail_keys_, tail_values_, tail_index(b, h, j));
+          see_row(tail_keys_, tail_values_, tail_index(b, h, j));
         }
         if (logits.empty()) continue;
         Real largest = -INFINITY, sum = 0;
@@ -212,7 +227,7 @@ Result Call::attend() const {
           const Real weight = std::exp(logits[n] - largest);
           sum += weight;
           const Real used = kRounds ? static_cast<Real>(query_.rounded(static_cast<float>(weight))) : weight;
-          for (int k = 0; k < c_.head_dim; ++k) output[k] += used * static_cast<Real>(value_of[n]->get(at[n] + k));
+          for (int k = 0; k < c_.head_dim; ++k) output[k] += used * values[n * c_.head_dim + k];
         }
         const Real lse = largest + std::log(sum);
         Real share = 1 / sum;

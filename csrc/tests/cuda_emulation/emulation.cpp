@@ -24,6 +24,7 @@ constexpr size_t kStackBytes = 128 * 1024;
 
 struct Copy {
   uint32_t to;
+  int bytes;
   unsigned char data[16];
 };
 
@@ -99,8 +100,8 @@ bool is_runnable(const Fiber& fiber) {
 }
 
 void land(const Copy& copy) {
-  std::memcpy(kvzip_shared + copy.to, copy.data, 16);
-  mark_written(copy.to, 16);
+  std::memcpy(kvzip_shared + copy.to, copy.data, copy.bytes);
+  mark_written(copy.to, copy.bytes);
 }
 
 void run_block(int threads, int shared_bytes) {
@@ -189,21 +190,21 @@ void collective(const char* name, void* operands, void (*run)(void* const operan
   }
 }
 
-void copy(uint32_t to, const void* from, bool valid) {
-  if (to % 16 != 0 || to + 16 > written.size()) fail("a copy to a place it must not go to");
-  Copy copy{to, {}};
+void copy(uint32_t to, const void* from, int bytes, bool valid) {
+  if (to % bytes != 0 || to + bytes > written.size()) fail("a copy to a place it must not go to");
+  Copy copy{to, bytes, {}};
   if (valid) {
     const auto* source = static_cast<const unsigned char*>(from);
-    bool allowed = reinterpret_cast<uintptr_t>(source) % 16 == 0;
-    if (!allowed) fail("a copy from an address that is not a multiple of 16");
-    allowed = false;
-    for (const auto& [begin, bytes] : readable) allowed |= source >= begin && source + 16 <= begin + bytes;
+    if (reinterpret_cast<uintptr_t>(source) % bytes != 0)
+      fail("a copy from an address that is not a multiple of its size");
+    bool allowed = false;
+    for (const auto& [begin, size] : readable) allowed |= source >= begin && source + bytes <= begin + size;
     if (!allowed) fail("a copy reads outside of the tensors");
-    std::memcpy(copy.data, source, 16);
+    std::memcpy(copy.data, source, bytes);
   }
   if (options.late_copies) {
-    std::memset(kvzip_shared + to, 0xff, 16);
-    for (int i = 0; i < 16; ++i) written[to + i] = false;
+    std::memset(kvzip_shared + to, 0xff, bytes);
+    for (int i = 0; i < bytes; ++i) written[to + i] = false;
     fibers[current].open.push_back(copy);
   } else {
     land(copy);

@@ -67,7 +67,7 @@ void barrier();
 // Hands `operands` of all lanes of the warp to `run`, once, when the last lane has come.
 void collective(const char* name, void* operands, void (*run)(void* const operands[32]));
 
-void copy(uint32_t to, const void* from, bool valid);
+void copy(uint32_t to, const void* from, int bytes, bool valid);
 void commit();
 void wait(int pending);
 void require_written(uint32_t address, int bytes);
@@ -122,7 +122,8 @@ inline float from_bfloat16(uint16_t bits) {
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - kvzip_shared);
 }
-inline void copy16_async(uint32_t to, const void* from, bool valid) { emulation::copy(to, from, valid); }
+inline void copy16_async(uint32_t to, const void* from, bool valid) { emulation::copy(to, from, 16, valid); }
+inline void copy4_async(uint32_t to, const void* from, bool valid) { emulation::copy(to, from, 4, valid); }
 inline void copy_commit() { emulation::commit(); }
 template <int kPending>
 void copy_wait() {
@@ -143,16 +144,21 @@ inline uint32_t transpose_matrix(uint32_t a) {
   emulation::collective("movmatrix", &t, emulation::transpose_matrix);
   return t.out;
 }
-inline float4 load_shared(uint32_t address) {
-  emulation::require_written(address, 16);
-  float4 v;
-  std::memcpy(&v, kvzip_shared + address, 16);
+template <typename T>
+T load_shared_as(uint32_t address) {
+  emulation::require_written(address, sizeof(T));
+  T v;
+  std::memcpy(&v, kvzip_shared + address, sizeof v);
   return v;
 }
+inline float4 load_shared(uint32_t address) { return load_shared_as<float4>(address); }
+inline uint2 load_shared_pair(uint32_t address) { return load_shared_as<uint2>(address); }
+inline uint32_t load_shared_word(uint32_t address) { return load_shared_as<uint32_t>(address); }
 inline void store_shared(uint32_t address, uint4 v) {
   emulation::mark_written(address, 16);
   std::memcpy(kvzip_shared + address, &v, 16);
 }
+inline int thread_again() { return static_cast<int>(threadIdx.x); }
 inline void allow_dependents() {}
 inline void wait_for_prerequisites() {}
 
@@ -167,6 +173,23 @@ uint32_t pack(float low, float high) {
   constexpr bool kIsHalf = std::is_same<T, Float16>::value;
   const auto narrow = kIsHalf ? emulation::to_float16 : emulation::to_bfloat16;
   return narrow(low) | static_cast<uint32_t>(narrow(high)) << 16;
+}
+template <class F>
+uint32_t half_each(F&& f, uint32_t a, uint32_t b, uint32_t c) {
+  const auto one = [&](int shift) {
+    const auto widened = [&](uint32_t x) { return emulation::from_float16(static_cast<uint16_t>(x >> shift)); };
+    return static_cast<uint32_t>(emulation::to_float16(f(widened(a), widened(b), widened(c)))) << shift;
+  };
+  return one(0) | one(16);
+}
+inline uint32_t half_add(uint32_t a, uint32_t b) {
+  return half_each([](float x, float y, float) { return x + y; }, a, b, 0);
+}
+inline uint32_t half_multiply(uint32_t a, uint32_t b) {
+  return half_each([](float x, float y, float) { return x * y; }, a, b, 0);
+}
+inline uint32_t half_multiply_subtract(uint32_t a, uint32_t b, uint32_t c) {
+  return half_each([](float x, float y, float z) { return std::fma(x, y, -z); }, a, b, c);
 }
 inline float widen(Float16 x) { return emulation::from_float16(x.bits); }
 inline float widen(BFloat16 x) { return emulation::from_bfloat16(x.bits); }
@@ -194,6 +217,17 @@ inline int __float_as_int(float x) {
   int bits;
   std::memcpy(&bits, &x, 4);
   return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = x | static_cast<uint64_t>(y) << 32;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
 }
 inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(__float_as_int(x)); }
 inline void atomicMax(int* at, int value) { *at = value > *at ? value : *at; }

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "case.h"
+#include "run.h"
 
 namespace {
 
@@ -19,7 +20,7 @@ using namespace kvzip;
 using namespace kvzip::test;
 
 struct Errors {
-  double output = 0, lse = 0, baseline = 0;        // the largest
+  double output = 0, lse = 0, baseline = 0;       // the largest
   double output_square = 0, baseline_square = 0;  // sums
   bool wrong_nan = false;
 };
@@ -64,23 +65,15 @@ Ratios run(const Case& c, unsigned seed) {
   for (const bool late : {true, false}) {
     emulation::forget_reads();
     AttendParams p = call.params();
-    const int rows = rows_of(p, c.dtype, c.head_dim);
-    cut(p, rows, c.resident);
-    std::vector<float> partial_output(partial_blocks(p) * rows * c.head_dim + 4, NAN);
-    std::vector<float> partial_stats(partial_blocks(p) * rows * 2, NAN);
+    cut(p, p.context, rows_of_context(p, c.head_dim), c.resident);
+    cut(p, p.quantized.rows, rows_of_quantized(p, c.head_dim), c.resident);
+    const int64_t rows = place_results(p);
+    std::vector<float> partial_output(rows * c.head_dim + 4, NAN), partial_stats(rows * 2, NAN);
     std::vector<float> lse(exact.lse.size(), NAN);
     Tensor output(c.dtype, exact.output.size());
     p.partial_output = partial_output.data(), p.partial_stats = partial_stats.data();
     p.output = output.data(), p.lse = lse.data();
-    with_math(c.dtype, c.head_dim, rows, [&](auto type) {
-      using Math = typename decltype(type)::type;
-      const dim3 grid{static_cast<unsigned>(p.row_blocks * p.workers)};
-      emulation::launch(grid, Math::kWarps * 32, SharedMemory<Math>::bytes(p.depth), {late, seed + late},
-                        [&] { attend_kernel<Math>(p); });
-      const dim3 rows_grid{static_cast<unsigned>(c.batch * c.q_len * c.kv_heads * c.groups)};
-      emulation::launch(rows_grid, kMergeWarps * 32, merge_shared_bytes(c.head_dim), {late, seed},
-                        [&] { merge_kernel<typename Math::Element, Math::kHeadDim, Math::kRows>(p); });
-    });
+    run_attend(p, c.head_dim, {late, seed + late});
     const Errors errors = compare(c, output, lse, exact, baseline);
     // Where the baseline is nearly exact (one visible key), a unit in the last place must be allowed.
     const double floor = c.dtype == DType::kFloat32 ? 1e-6 : c.dtype == DType::kFloat16 ? 2e-4 : 1.6e-3;
@@ -174,25 +167,37 @@ bool check_rings() {
                  {"sm_90, sm_100", {9, 132, 233472, 232448, 1024}}};
   bool ok = true;
   for (const auto& device : devices) {
+    const auto check = [&](const char* what, int rows, auto type, auto memory) {
+      using Math = typename decltype(type)::type;
+      using Memory = typename decltype(memory)::type;
+      const int stage_bytes = Math::kWarps * Memory::kStageBytes;
+      const Ring ring = ring_of(device.limits, stage_bytes, Memory::kFixedBytes, kMaxDepth);
+      const int bytes = Memory::bytes(ring.depth), blocks = ring.blocks_per_processor;
+      const bool fits = ring.depth >= 2 && bytes <= device.limits.shared_per_block &&
+                        blocks * (bytes + 1024) <= device.limits.shared_per_processor;
+      std::printf("%s ring on %s: %s, d %d, %d rows: %d x %d threads, %d stages, %d bytes, %d in flight\n",
+                  fits ? "ok  " : "FAIL", device.name, what, Math::kHeadDim, rows, blocks, Math::kWarps * 32,
+                  ring.depth, bytes, blocks * (ring.depth - 1) * stage_bytes);
+      ok = ok && fits;
+    };
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      const bool is_float32 = dtype == DType::kFloat32;
       for (const int head_dim : {64, 96, 128, 256}) {
-        for (const int some_rows : {8, 16, 32}) {
-          const int rows = rows_of_block(some_rows, head_dim, dtype == DType::kFloat32);
-          if (rows != some_rows) continue;
-          with_math(dtype, head_dim, rows, [&](auto type) {
-            using Math = typename decltype(type)::type;
-            using Memory = SharedMemory<Math>;
-            const Ring ring =
-                ring_of(device.limits, Math::kWarps * Memory::kStageBytes, Memory::kFixedBytes, kMaxDepth);
-            const int bytes = Memory::bytes(ring.depth);
-            const bool fits = ring.depth >= 2 && bytes <= device.limits.shared_per_block &&
-                              ring.blocks_per_processor * (bytes + 1024) <= device.limits.shared_per_processor;
-            std::printf("%s ring on %s: dtype %d d %d rows %d: %d x %d threads, %d stages, %d bytes, %d in flight\n",
-                        fits ? "ok  " : "FAIL", device.name, static_cast<int>(dtype), head_dim, rows,
-                        ring.blocks_per_processor, Math::kWarps * 32, ring.depth, bytes,
-                        ring.blocks_per_processor * (ring.depth - 1) * Math::kWarps * Memory::kStageBytes);
-            ok = ok && fits;
-          });
+        for (const int rows : {8, 16, 32}) {
+          if (rows_of_block(rows, head_dim, is_float32) == rows) {
+            with_math(dtype, head_dim, rows, [&](auto type) {
+              check(is_float32 ? "float32" : "16 bits", rows, type,
+                    Type<SharedMemory<typename decltype(type)::type>>());
+            });
+          }
+          if (rows_of_code_block(rows, head_dim, is_float32) != rows) continue;
+          for (const int bits : {8, 4}) {
+            with_codes(dtype, bits, head_dim, rows, [&](auto type) {
+              const char* names[] = {"codes of 4 in 16 bits", "codes of 8 in 16 bits", "codes of 4 in float32",
+                                     "codes of 8 in float32"};
+              check(names[2 * is_float32 + bits / 8], rows, type, Type<CodeMemory<typename decltype(type)::type>>());
+            });
+          }
         }
       }
     }
