@@ -1,4 +1,4 @@
-"""The smallest cache that still answers: a ratio that chooses itself, codes of 8 or 4 bits, and a budget while reading."""
+"""The smallest cache that still answers: a ratio that chooses itself, 8- or 4-bit codes, and a budget while reading."""
 
 from kvzip import ModelKVzip, data
 

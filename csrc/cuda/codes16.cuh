@@ -79,7 +79,7 @@ struct Codes16 : Outputs16<kHeadDimension, kBlocks> {
                                                 float (&s)[kGroups][kBlocks][4]) {
     // Chains of dependent instructions that do not wait for each other.
     float high[kGroups][kBlocks][4] = {}, low[kGroups][kBlocks][4] = {}, zero[kBlocks][4] = {};
-#pragma unroll
+#pragma unroll(kWarps == 8 ? 2 : Layout::kChunks)  // 8 warps leave a thread 128 registers
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
       // Of 4 consecutive channels, from 4 * (lane % 4) on, of keys lane / 4 + 8 * i. For the instruction these are not
       // neighbours but columns 2 * (lane % 4) + 0..1 and + 8..9; queries, scales and zeros are read in the same order.

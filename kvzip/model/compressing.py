@@ -51,7 +51,8 @@ class Decoding:
     (`streaming_llm`, `lagkv`) and scores against the company (`keydiff`) mean most then.
 
     Args:
-        scorer: name or object, or several, the first of which prunes; None = the methods that scored the kv.
+        scorer: name or object, or several, the first of which prunes; None = the methods that scored the kv, by name,
+            at their default settings.
         every: tokens between two events.
         tokens: that a head keeps of the context on average.
         ratio: fraction kept of all that ever was context, in (0, 1].
@@ -76,8 +77,10 @@ class Decoding:
     merge: Merging | CaM | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least in (("every", self.every, 1), ("window", self.window, 0), ("tokens", self.tokens, 1)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        counts = [("every", self.every, 1), ("window", self.window, 0)]
+        counts += [] if self.tokens is None else [("tokens", self.tokens, 1)]
+        for name, value, least in counts:
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of tokens, at least {least}, got {value!r}")
         found = [name for name in _BUDGETS if getattr(self, name) is not None]
         if len(found) != 1:

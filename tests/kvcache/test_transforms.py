@@ -248,11 +248,12 @@ def test_decoding_with_merging_by_attention(scorer):
     assert all(layer.observer is None for layer in kv.context_layers)
 
 
-def test_both_ways_of_generating_merge_alike():
+@pytest.mark.parametrize("scorer", ["knorm", "snapkv(window_size=2)"])
+def test_both_ways_of_generating_merge_alike(scorer):
     answers = []
     for more in ({}, {"no_repeat_ngram_size": 50}):
-        kv = prefill(scorer="knorm")
-        how = Decoding(every=4, window=2, tokens=15, merge=CaM(merge_budget=5))
+        kv = prefill(scorer=scorer)
+        how = Decoding(scorer, every=4, window=2, tokens=15, merge=CaM(merge_budget=5))
         answers.append(model().generate(QUERY, kv, compress=how, max_new_tokens=40, eos_token_id=None, **more))
     assert torch.equal(*answers)
 

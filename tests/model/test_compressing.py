@@ -9,6 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvzip import Decoding, ModelKVzip
 from kvzip.kvcache import get_level
+from kvzip.kvcache.tail import Tail
 from kvzip.model import compressing
 from kvzip.model.compressing import Compressor
 from kvzip.scoring import PrefillScorer, list_scorers
@@ -325,8 +326,9 @@ def test_one_of_several_methods_goes_on_alone():
 
 
 def test_both_of_several_methods_go_on():
-    kv = prefill(scorer=["snapkv(window_size=4)", "output_norm"])
-    fed(kv, SAID, Decoding(every=10, window=2, tokens=12, level="critical"))
+    scorer = ["snapkv(window_size=4)", "output_norm"]
+    kv = prefill(scorer=scorer)
+    fed(kv, SAID, Decoding(scorer, every=10, window=2, tokens=12, level="critical"))
     assert kv.scorers == ("snapkv", "output_norm")
     assert kv.keep_mask.sum(-1).unique().tolist() == [12]
 
@@ -378,8 +380,9 @@ def test_memory_is_bounded_over_thousands_of_tokens(monkeypatch):
     def watched(self, tokens):
         held = self.kv
         states = [part for layer in held.context_layers for part in (layer.store.keys, layer.store.values)]
-        stored = sum(part.untyped_storage().nbytes() for part in states)
-        seen.append((stored, sum(layer.tail.nbytes for layer in held.context_layers), held.allocated_nbytes))
+        tails = [part for layer in held.context_layers for part in layer.tail.states]
+        bytes_of = [sum(part.untyped_storage().nbytes() for part in parts) for parts in (states, tails)]
+        seen.append((*bytes_of, held.allocated_nbytes))
         step(self, tokens)
 
     monkeypatch.setattr(Compressor, "step", watched)
@@ -395,6 +398,17 @@ def test_memory_is_bounded_over_thousands_of_tokens(monkeypatch):
     assert (allocated[-1] - allocated[new // 2]) / (new - new // 2) < layers * heads * (4 + 1) + 8 + 1
     assert kv.context_length + kv.tail_length == len(CONTEXT) + len(QUERY) + new
     assert kv.nbytes <= (budget + len(PREFIX)) * a_token
+
+
+def test_what_was_reserved_is_reserved_once():
+    """Beyond it the tail doubles again."""
+    tail = Tail()
+    tail.reserve(10)
+    capacities = set()
+    for _ in range(200):
+        tail.append(torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+        capacities.add(tail.capacity)
+    assert sorted(capacities) == [10, 64, 128, 256]
 
 
 def test_the_bundled_model_answers_while_it_forgets():
@@ -443,6 +457,7 @@ REFUSED = [
     ({"tokens": 5, "ratio": 0.5}, "give one of .*, got tokens and ratio"),
     ({"tokens": 0}, "tokens must be .*, got 0"),
     ({"tokens": True}, "tokens must be .*, got True"),
+    ({"every": None, "tokens": 5}, "every must be .*, got None"),
     ({"every": 0, "tokens": 5}, "every must be .*, got 0"),
     ({"window": -1, "tokens": 5}, "window must be .*, got -1"),
     ({"ratio": 1.5}, "ratio must be .*1.5"),
