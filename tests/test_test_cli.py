@@ -89,7 +89,7 @@ def test_saves_json_and_head_scores_that_it_can_load(cli, tmp_path, monkeypatch,
     name = "head-scores-bundled-facts-64-0-1.json"
     assert name in err
     assert "2 contexts together" in out
-    assert head_scores.load(name).tensor.shape == (5, 2)
+    assert head_scores.load(name).tensor.shape == (5, 4)
     assert len(json.loads(Path("all.json").read_text())["contexts"]) == 2
     assert status_of(cli, "-d", "facts:64", "--load_score", name, "--json", "-") == 0
     found = json.loads(capsys.readouterr().out)

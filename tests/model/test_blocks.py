@@ -62,7 +62,7 @@ def test_a_budget_in_tokens_holds(scorer, level):
     assert kv.context_length == 90
     assert int(kv.keep_mask.sum()) == 20 * 4 * 2
     assert kv.scores.shape == (4, 2, 90)
-    kv.prune(tokens=10, level=level)
+    kv.prune(tokens=3, level=level)
     assert len(model().generate(QUERY, kv, **GREEDY)) == 6
 
 

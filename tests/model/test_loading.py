@@ -161,7 +161,7 @@ BAD_CONTEXTS = {
     "two rows": (torch.ones(2, 3, dtype=torch.int64), r"\(1, n\)"),
     "fractions": (torch.ones(3), "integers"),
     "list of fractions": ([1.0, 2.0], "integer"),
-    "list of texts": (["a"], "integer"),
+    "a text among ids": (["a", 1], "integer"),
     "nothing": (None, "context"),
     "a number": (7, "context"),
     "outside the vocabulary": ([5, VOCAB], str(VOCAB)),
