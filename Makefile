@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 PY := $(VENV)/bin/python
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: install demo test lint bench kernels gpu-check wheel train measure clean
+.PHONY: install demo test test-full lint bench kernels gpu-check wheel train measure clean
 
 install: $(VENV)/.installed
 
@@ -21,8 +21,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(PY) demo.py
 
+# One worker a processor, of one thread each; `make test-full` runs every scorer with every level on every architecture.
 test: install
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+
+test-full: install
+	OMP_NUM_THREADS=1 KVZIP_TEST_FULL=1 $(PY) -m pytest -n auto --dist loadfile
 
 lint: install
 	$(PY) -m ruff check .
@@ -31,6 +35,7 @@ lint: install
 
 bench: install
 	$(PY) benchmarks/bench_decode_attention.py
+	$(PY) benchmarks/bench_quantized.py
 	$(PY) benchmarks/bench_generate.py
 	$(PY) benchmarks/bench_scoring.py
 	$(PY) benchmarks/bench_scoring_memory.py
@@ -52,6 +57,8 @@ train: install
 
 measure: install
 	$(PY) -m tools.measure_bundled
+	$(PY) -m tools.frontier
+	$(PY) -m tools.scorer_table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
