@@ -154,8 +154,8 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="bundled", help="a name that ModelKVzip takes")
-    parser.add_argument("--lengths", default="512,1024,2048", help="context lengths in tokens")
-    parser.add_argument("--documents", type=int, default=3, help="documents a task and length")
+    parser.add_argument("--lengths", default="1024", help="context lengths in tokens")
+    parser.add_argument("--documents", type=int, default=2, help="documents a task and length")
     parser.add_argument("--questions", type=int, default=8, help="questions a document")
     parser.add_argument("--seed", type=int, default=2_000_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
