@@ -11,6 +11,7 @@ from kvzip import ModelKVzip
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 
 
 def python_blocks(path):
@@ -39,7 +40,7 @@ def test_readme_quick_start_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "ctx.safetensors").is_file()
 
 
-@pytest.mark.parametrize("path", sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))
+@pytest.mark.parametrize("path", PAGES)
 def test_links_lead_to_files(path):
     text = (ROOT / path).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
