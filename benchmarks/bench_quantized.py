@@ -3,12 +3,11 @@
     python benchmarks/bench_quantized.py                  # writes results/quantized.md
     python benchmarks/bench_quantized.py --device cuda    # writes results/quantized_cuda.md
 
-The layer of bench_decode_attention.py; heads as KVzip's scores of the bundled model make them. "turned back" is what
+The layer of decoding_layer.py; heads as KVzip's scores of the bundled model make them. "turned back" is what
 systems do whose kernels do not read codes: the whole layer is dequantised in every step, and then attended to. Calls
 are interleaved.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,8 +18,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bench_decode_attention import DIM, DTYPES, HEADS, KV_HEADS, SCALING, copy_bandwidth, lengths_of, problem, timed
-from common import write
+from decoding_layer import SCALING, lengths_of, problem, run, timed
 
 from kvzip.attention import RaggedKV, TailKV, quantize, resolve_backend
 from kvzip.kvcache.store import turned_back
@@ -69,28 +67,6 @@ def case(length: int, dtype: torch.dtype, ratios: list[float], device: str, roun
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--contexts", type=int, nargs="+", default=[32768])
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--ratios", type=float, nargs="+", default=[1.0, 0.3])
-    parser.add_argument("--rounds", type=int, default=11)
-    args = parser.parse_args()
-    bandwidth = copy_bandwidth(args.device)
-    lines = [
-        f"Copy bandwidth: {bandwidth / 1e9:.0f} GB/s (bytes read and written). H{HEADS}, Hkv{KV_HEADS}, D{DIM}.",
-        "",
-        "| context | dtype | | MiB | ms median (min-max) | over the first row | bytes/s over copy |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for context in args.contexts:
-        for dtype in args.dtypes:
-            lines += case(context, DTYPES[dtype], args.ratios, args.device, args.rounds, bandwidth)
-    suffix = "" if args.device == "cpu" else f"_{args.device}"
-    command = "python benchmarks/bench_quantized.py" + (f" --device {args.device}" if suffix else "")
-    write(f"quantized{suffix}", command, lines)
-
-
 if __name__ == "__main__":
-    main()
+    columns = ("context", "dtype", "", "MiB", "ms median (min-max)", "over the first row", "bytes/s over copy")
+    run(__file__, columns, case, contexts=[32768], ratios=[1.0, 0.3])

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tools.bundled import recipe
+from tools.bundled.attention import use_packed
 from tools.bundled.evaluate import evaluate, pack, whole_answers
 from tools.bundled.init import initialize, load_grown
 from tools.bundled.parallel import average_gradients, gather, launch
@@ -73,10 +74,11 @@ def train_step(model: LlamaForCausalLM, samples: list[Sample], device: torch.dev
     Returns:
         per task [right, all], counting whole answers to questions and tokens of repeats.
     """
-    ids, targets, weights = (tensor.to(device) for tensor in pack(samples, model.config.pad_token_id or 0))
+    ids, positions, targets, weights = (tensor.to(device) for tensor in pack(samples))
     supervised = targets != IGNORE
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        lengths = [len(sample.ids) for sample in samples]
+        hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False, lengths=lengths).last_hidden_state
         logits = model.lm_head(hidden[supervised]).float()
     gold, weight = targets[supervised], weights[supervised]
     loss = (F.cross_entropy(logits, gold, reduction="none") * weight).sum() / weight.sum()
@@ -158,6 +160,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     sampler = Sampler(tokenizer, sentences[len(sentences) // HELD_OUT :])
     model = new_model(tokenizer, args.seed)
     model.to(device)  # type: ignore[arg-type]
+    use_packed(model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=recipe.BETAS, weight_decay=recipe.WEIGHT_DECAY)
     state = State()
     checkpoint, log = args.checkpoints / CHECKPOINT, args.checkpoints / LOG
@@ -187,7 +190,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         if math.isnan(state.accuracy["loss"]):
             raise RuntimeError(f"loss is not a number at step {state.step}; go on from the last checkpoint")
         stage = recipe.STAGES[state.stage].name
-        changed = advance(state, args.max_minutes)
+        changed = state.minutes < args.max_minutes and advance(state, args.max_minutes)
         if rank == 0 and (changed or state.step % LOG_STEPS == 0):
             entry: dict[str, object] = {"step": state.step, "stage": stage}
             entry |= {"tokens": state.tokens, "minutes": round(state.minutes, 2)}

@@ -55,8 +55,9 @@ def first_line(metric: Metric) -> Metric:
 
 
 def normalize(text: str) -> str:
-    """Fold what does not matter in an exact answer: case, white space and a trailing period."""
-    return " ".join(text.split()).removesuffix(".").rstrip().casefold()
+    """Fold what does not matter in an exact answer: case, white space, a leading article and a trailing period."""
+    text = " ".join(text.split()).removesuffix(".").rstrip().casefold()
+    return re.sub(r"^(a|an|the) (?=.)", "", text)
 
 
 def exact(prediction: str, references: Sequence[str]) -> float:

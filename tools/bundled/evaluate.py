@@ -12,25 +12,18 @@ from kvzip.data import score
 from tools.bundled.samples import IGNORE, OWN_TASKS, QA_TASKS, RULER_ROOM, Sample, Sampler
 
 
-def pack(samples: Sequence[Sample], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pad samples on the right.
-
-    Right padding needs no attention mask: under a causal mask no supervised token sees it.
+def pack(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Put samples behind each other in one row.
 
     Returns:
-        ids (batch, length), targets (batch, length) where targets[:, i] is what position i has to predict
-        or IGNORE, weights (batch, length) float32.
+        ids, positions in the sample, and targets, each (1, num_tokens), where targets[:, i] is what token i has to
+        predict or IGNORE; and weights (1, num_tokens) float32.
     """
-    length = max(len(sample.ids) for sample in samples)
-    ids = torch.full((len(samples), length), pad)
-    targets = torch.full((len(samples), length), IGNORE)
-    weights = torch.zeros(len(samples), length)
-    for row, sample in enumerate(samples):
-        end = len(sample.ids)
-        ids[row, :end] = torch.tensor(sample.ids)
-        targets[row, : end - 1] = torch.tensor(sample.labels[1:])
-        weights[row] = sample.weight
-    return ids, targets, weights
+    ids = torch.tensor([[token for sample in samples for token in sample.ids]])
+    positions = torch.cat([torch.arange(len(sample.ids)) for sample in samples])[None]
+    targets = torch.tensor([[label for sample in samples for label in (*sample.labels[1:], IGNORE)]])
+    weights = torch.cat([torch.full((len(sample.ids),), float(sample.weight)) for sample in samples])[None]
+    return ids, positions, targets, weights
 
 
 def whole_answers(gold: Sequence[int], right: Sequence[bool], end: int) -> list[bool]:
@@ -73,7 +66,7 @@ def answer(model: LlamaForCausalLM, sampler: Sampler, sample: Sample) -> float:
 @torch.no_grad()
 def predict(model: LlamaForCausalLM, sample: Sample) -> tuple[list[int], list[bool]]:
     """Return the supervised ids of `sample` and whether each is the most likely one given those before it."""
-    ids, targets, _ = (tensor.to(model.device) for tensor in pack([sample], 0))
+    ids, _, targets, _ = (tensor.to(model.device) for tensor in pack([sample]))
     supervised = targets[0] != IGNORE
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, supervised]
     gold = targets[0, supervised]

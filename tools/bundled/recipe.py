@@ -17,7 +17,7 @@ CLIP = 1.0
 WARMUP_STEPS = 50
 DECAY_FROM = 0.7  # share of the time after which the learning rate falls, to FLOOR of its peak
 FLOOR = 0.05
-SHARES = {"niah_multivalue": 0.25, "niah_multiquery": 0.25}  # long answers, wrong for long whatever their share
+SHARES = {"niah_multivalue": 0.1, "niah_multiquery": 0.1}  # long answers, wrong for long whatever their share
 FEWEST = 0.08  # weight of a task that is always right; the others are drawn by how often they are wrong
 
 
@@ -74,8 +74,8 @@ STAGES = (
     Stage("mix-384", (64, 384), 4096, repeats=0.1, until=0.95, share=0.25),
     Stage("mix-768", (64, 768), 6144, repeats=0.1, until=0.95, share=0.45),
     Stage("mix-1k", (64, 1200), 6144, repeats=0.15, until=0.95, share=0.55),
-    Stage("mix-2k", (64, 2300), 8192, until=0.95, share=1.0),
-    Stage("mix-4k", (64, 4400), 9000),
+    Stage("mix-2k", (64, 2300), 8192, random=0.03, repeats=0.12, until=0.95, share=0.85),
+    Stage("mix-4k", (64, 4400), 9000, random=0.03, repeats=0.15),
 )
 
 
