@@ -1,50 +1,18 @@
-"""The C++ kernels as operators: random problems against the reference, threads, what is read and written, refusals."""
+"""The C++ kernels as operators: random problems against the reference, threads, what is read and written."""
 
 import random as python_random
-from itertools import product
 
 import pytest
 import torch
 
 from kvzip.attention import RaggedKV, TailKV, reference
+from tests.attention.operators import arguments, attend
 from tests.attention.problems import DTYPES, SCALING, missing, naive, problem, random, real_rows
 
 pytestmark = pytest.mark.skipif(bool(missing("cpu")), reason=missing("cpu"))
 
 # Rounding of outputs of the size of a standard normal, which is all that the kernel does in less than float32.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads, and sets it back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-def arguments(query, context, tail, *, scaling=SCALING, softcap=None, sinks=None):
-    """Of torch.ops.kvzip.attend, by name."""
-    return {
-        "query": query,
-        "keys": None if context is None else context.keys,
-        "values": None if context is None else context.values,
-        "cu_seqlens": None if context is None else context.cu_seqlens_k,
-        "cu_tiles": None if context is None else context.cu_tiles,
-        "mask": None if context is None else context.mask,
-        "tail_keys": tail.keys,
-        "tail_values": tail.values,
-        "tail_length": tail.length,
-        "tail_cursor": tail.cursor,
-        "tail_skip": tail.skip,
-        "scaling": scaling,
-        "softcap": softcap,
-        "sinks": sinks,
-    }
-
-
-def attend(*problem_of, **options):
-    return torch.ops.kvzip.attend(**arguments(*problem_of, **options))
 
 
 # -- fuzzing -----------------------------------------------------------------------------------------------------------
@@ -181,15 +149,6 @@ def test_the_number_of_threads_does_not_matter(shape, dtype, threads):
         assert all(torch.equal(one[0], found[0][0]) and torch.equal(one[1], found[0][1]) for one in found)
 
 
-def test_column_max_does_not_depend_on_threads(threads):
-    query, keys, lse = random(1, 4, 33, 64), random(2, 2, 1000, 64), random(3, 4, 33)
-    threads(1)
-    expected = torch.ops.kvzip.column_max(query, keys, lse, SCALING, None)
-    for count in (2, 5):
-        threads(count)
-        assert torch.equal(torch.ops.kvzip.column_max(query, keys, lse, SCALING, None), expected)
-
-
 # -- what is read and written ------------------------------------------------------------------------------------------
 
 
@@ -280,181 +239,6 @@ def test_opcheck_of_attend(with_all):
     else:
         given = arguments(*problem(lengths=None))
     torch.library.opcheck(torch.ops.kvzip.attend.default, tuple(given.values()))
-
-
-@pytest.mark.parametrize("softcap", [None, 3.0])
-def test_opcheck_of_column_max(softcap):
-    given = random(1, 4, 33, 64), random(2, 2, 100, 64), random(3, 4, 33), SCALING, softcap
-    torch.library.opcheck(torch.ops.kvzip.column_max.default, given)
-
-
-# -- refusals ----------------------------------------------------------------------------------------------------------
-
-
-def strided_last(tensor):
-    return torch.stack([tensor, tensor], dim=-1)[..., 0]
-
-
-WHOLE = {"lengths": (97,) * 4, "q_len": 3, "batch": 2}
-BAD = {
-    "query of three dimensions": ("query", lambda t: t[0]),
-    "query of another dtype": ("query", lambda t: t.double()),
-    "query of integers": ("query", lambda t: t.long()),
-    "query with a strided row": ("query", strided_last),
-    "query heads": ("query", lambda t: t[:, :7]),
-    "query of no token": ("tail_length", lambda t: 0),
-    "keys without values": ("values", lambda t: None),
-    "keys of another dtype": ("keys", lambda t: t.half()),
-    "keys of another width": ("keys", lambda t: t[:, :4].contiguous()),
-    "keys with gaps": ("keys", lambda t: torch.cat([t, t], dim=1)[:, :8]),
-    "keys of three dimensions": ("keys", lambda t: t[None]),
-    "fewer keys": ("keys", lambda t: t[1:].contiguous()),
-    "values of another dtype": ("values", lambda t: t.half()),
-    "values of another width": ("values", lambda t: torch.cat([t, t], dim=1)),
-    "fewer values": ("values", lambda t: t[1:].contiguous()),
-    "no offsets": ("cu_seqlens", lambda t: None),
-    "offsets of int32": ("cu_seqlens", lambda t: t.int()),
-    "too few offsets": ("cu_seqlens", lambda t: t[1:].contiguous()),
-    "offsets with gaps": ("cu_seqlens", lambda t: torch.stack([t, t], 1)[:, 0]),
-    "no tiles": ("cu_tiles", lambda t: None),
-    "tiles of int32": ("cu_tiles", lambda t: t.int()),
-    "too few tiles": ("cu_tiles", lambda t: t[1:].contiguous()),
-    "mask of bytes": ("mask", lambda t: t.byte()),
-    "mask of other heads": ("mask", lambda t: t[:2].contiguous()),
-    "mask of another length": ("mask", lambda t: t[:, 1:].contiguous()),
-    "mask with gaps": ("mask", lambda t: t.T.contiguous().T),
-    "tail keys of another dtype": ("tail_keys", lambda t: t.half()),
-    "tail keys of another width": ("tail_keys", lambda t: torch.cat([t, t], dim=-1)),
-    "tail keys of another batch": ("tail_keys", lambda t: t[:1]),
-    "tail keys with a strided row": ("tail_keys", strided_last),
-    "tail values of another dtype": ("tail_values", lambda t: t.half()),
-    "tail values of other heads": ("tail_values", lambda t: t[:, :2]),
-    "tail values of another batch": ("tail_values", lambda t: t[:1]),
-    "shorter tail values": ("tail_values", lambda t: t[:, :, 1:]),
-    "tail longer than its capacity": ("tail_length", lambda t: t + 1),
-    "tail shorter than the query": ("tail_length", lambda t: 2),
-    "skip of int32": ("tail_skip", lambda t: t.int()),
-    "skip of another batch": ("tail_skip", lambda t: t[:1]),
-    "skip with gaps": ("tail_skip", lambda t: t.T.contiguous().T),
-    "sinks of another dtype": ("sinks", lambda t: t.double()),
-    "sinks of other heads": ("sinks", lambda t: t[:4]),
-    "sinks with gaps": ("sinks", lambda t: torch.stack([t, t], 1)[:, 0]),
-}
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_a_bad_argument_is_refused_by_name(what):
-    query, context, tail = problem(**WHOLE, mask=random(9, 4, 97) > 0, skip=[[0, 3], [1, 1]])
-    given = arguments(query, context, tail, sinks=random(11, 8))
-    torch.ops.kvzip.attend(**given)
-    name, change = BAD[what]
-    with pytest.raises(RuntimeError, match=name):
-        torch.ops.kvzip.attend(**{**given, name: change(given[name])})
-
-
-BAD_CURSORS = {
-    "int32": torch.tensor([68, 0], dtype=torch.int32)[:1],
-    "float": torch.tensor([68.0, 0.0]),
-    "two": torch.tensor([68, 68]),
-    "too long": torch.tensor([69]),
-    "too short": torch.tensor([2]),
-    "negative": torch.tensor([-1]),
-}
-
-
-@pytest.mark.parametrize("what", BAD_CURSORS)
-def test_a_bad_cursor_is_refused_by_name(what):
-    query, context, tail = problem(**WHOLE)
-    with pytest.raises(RuntimeError, match=r"tail_cursor|tail_length"):
-        attend(query, context, TailKV(tail.keys, tail.values, 68, BAD_CURSORS[what]))
-
-
-def changed(tensor, at, value):
-    tensor = tensor.clone()
-    tensor[at] = value
-    return tensor
-
-
-BAD_OFFSETS = {
-    "a decreasing offset": ("cu_seqlens", (1, 200)),
-    "offsets that do not begin at 0": ("cu_seqlens", (0, 1)),
-    "tiles that are not those of the offsets": ("cu_tiles", (4, 7)),
-    "decreasing tiles": ("cu_tiles", (1, 5)),
-}
-
-
-@pytest.mark.parametrize("what", BAD_OFFSETS)
-def test_offsets_that_contradict_each_other_are_refused(what):
-    """What would be read out of bounds, or not at all, is not taken on trust."""
-    name, change = BAD_OFFSETS[what]
-    given = arguments(*problem(**WHOLE))
-    with pytest.raises(RuntimeError, match=name):
-        torch.ops.kvzip.attend(**{**given, name: changed(given[name], *change)})
-
-
-BAD_COLUMN_MAX = {
-    "query of four dimensions": ("query", lambda t: t[None]),
-    "query heads": ("query", lambda t: t[:3]),
-    "query with a strided row": ("query", strided_last),
-    "query of another dtype": ("query", lambda t: t.double()),
-    "keys of another dtype": ("keys", lambda t: t.half()),
-    "keys of another width": ("keys", lambda t: torch.cat([t, t], dim=-1)),
-    "keys with a strided row": ("keys", strided_last),
-    "lse of another dtype": ("lse", lambda t: t.half()),
-    "lse of other heads": ("lse", lambda t: t[:2]),
-    "lse of another length": ("lse", lambda t: t[:, 1:].contiguous()),
-    "lse with gaps": ("lse", lambda t: t.T.contiguous().T),
-}
-
-
-@pytest.mark.parametrize("what", BAD_COLUMN_MAX)
-def test_a_bad_argument_of_column_max_is_refused_by_name(what):
-    given = {"query": random(1, 4, 33, 16), "keys": random(2, 2, 100, 16), "lse": random(3, 4, 33)}
-    name, change = BAD_COLUMN_MAX[what]
-    with pytest.raises(RuntimeError, match=name):
-        torch.ops.kvzip.column_max(**{**given, name: change(given[name])}, scaling=SCALING, softcap=None)
-
-
-# -- column maxima -----------------------------------------------------------------------------------------------------
-
-
-def naive_column_max(query, keys, lse, softcap):
-    logits = query.double() @ keys.double().repeat_interleave(len(query) // len(keys), 0).transpose(1, 2) * SCALING
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return (logits - lse.double()[..., None]).amax(1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("softcap", [None, 0.7, 30.0])
-def test_column_max_against_float64(dtype, softcap):
-    """Odd numbers of rows, keys and dimensions; strided queries and keys, as heads of a layer are."""
-    for groups, q_len, kv_len, head_dim in product((1, 3), (1, 5, 97), (1, 64, 131), (8, 20, 128)):
-        query = random(1, q_len, 2 * groups, head_dim).to(dtype).transpose(0, 1)
-        keys = random(2, 2, kv_len + 5, head_dim).to(dtype)[:, 3 : 3 + kv_len]
-        lse = random(3, 2 * groups, q_len)
-        found = torch.ops.kvzip.column_max(query, keys, lse, SCALING, softcap)
-        exact = naive_column_max(query, keys, lse, softcap)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found.double(), exact, atol=2e-6 * head_dim**0.5, rtol=2e-6)
-
-
-def test_column_max_of_no_keys_and_of_no_rows():
-    keys, lse = random(2, 2, 10, 8), random(3, 4, 3)
-    assert torch.ops.kvzip.column_max(random(1, 4, 3, 8), keys[:, :0], lse, SCALING, None).shape == (4, 0)
-    nothing = torch.ops.kvzip.column_max(random(1, 4, 0, 8), keys, lse[:, :0].contiguous(), SCALING, None)
-    assert torch.equal(nothing, torch.full((4, 10), -torch.inf))
-
-
-def test_column_max_does_not_hide_nan():
-    """As the maximum of a softmax with a NaN in it: the key that it belongs to shows it, others do not."""
-    query, keys, lse = random(1, 2, 5, 16), random(2, 1, 70, 16), random(3, 2, 5)
-    clean = torch.ops.kvzip.column_max(query, keys, lse, SCALING, None)
-    keys[0, 65] = torch.nan
-    found = torch.ops.kvzip.column_max(query, keys, lse, SCALING, None)
-    assert bool(found[:, 65].isnan().all())
-    found[:, 65] = clean[:, 65]
-    assert torch.equal(found, clean)
 
 
 def test_the_kernel_is_exact_about_one_key():

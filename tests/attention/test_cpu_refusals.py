@@ -1,0 +1,109 @@
+"""Bad arguments of the C++ attention operator are refused by name."""
+
+import pytest
+import torch
+
+from kvzip.attention import TailKV
+from tests.attention.operators import arguments, attend, strided_last
+from tests.attention.problems import missing, problem, random
+
+pytestmark = pytest.mark.skipif(bool(missing("cpu")), reason=missing("cpu"))
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+WHOLE = {"lengths": (97,) * 4, "q_len": 3, "batch": 2}
+BAD = {
+    "query of three dimensions": ("query", lambda t: t[0]),
+    "query of another dtype": ("query", lambda t: t.double()),
+    "query of integers": ("query", lambda t: t.long()),
+    "query with a strided row": ("query", strided_last),
+    "query heads": ("query", lambda t: t[:, :7]),
+    "query of no token": ("tail_length", lambda t: 0),
+    "keys without values": ("values", lambda t: None),
+    "keys of another dtype": ("keys", lambda t: t.half()),
+    "keys of another width": ("keys", lambda t: t[:, :4].contiguous()),
+    "keys with gaps": ("keys", lambda t: torch.cat([t, t], dim=1)[:, :8]),
+    "keys of three dimensions": ("keys", lambda t: t[None]),
+    "fewer keys": ("keys", lambda t: t[1:].contiguous()),
+    "values of another dtype": ("values", lambda t: t.half()),
+    "values of another width": ("values", lambda t: torch.cat([t, t], dim=1)),
+    "fewer values": ("values", lambda t: t[1:].contiguous()),
+    "no offsets": ("cu_seqlens", lambda t: None),
+    "offsets of int32": ("cu_seqlens", lambda t: t.int()),
+    "too few offsets": ("cu_seqlens", lambda t: t[1:].contiguous()),
+    "offsets with gaps": ("cu_seqlens", lambda t: torch.stack([t, t], 1)[:, 0]),
+    "no tiles": ("cu_tiles", lambda t: None),
+    "tiles of int32": ("cu_tiles", lambda t: t.int()),
+    "too few tiles": ("cu_tiles", lambda t: t[1:].contiguous()),
+    "mask of bytes": ("mask", lambda t: t.byte()),
+    "mask of other heads": ("mask", lambda t: t[:2].contiguous()),
+    "mask of another length": ("mask", lambda t: t[:, 1:].contiguous()),
+    "mask with gaps": ("mask", lambda t: t.T.contiguous().T),
+    "tail keys of another dtype": ("tail_keys", lambda t: t.half()),
+    "tail keys of another width": ("tail_keys", lambda t: torch.cat([t, t], dim=-1)),
+    "tail keys of another batch": ("tail_keys", lambda t: t[:1]),
+    "tail keys with a strided row": ("tail_keys", strided_last),
+    "tail values of another dtype": ("tail_values", lambda t: t.half()),
+    "tail values of other heads": ("tail_values", lambda t: t[:, :2]),
+    "tail values of another batch": ("tail_values", lambda t: t[:1]),
+    "shorter tail values": ("tail_values", lambda t: t[:, :, 1:]),
+    "tail longer than its capacity": ("tail_length", lambda t: t + 1),
+    "tail shorter than the query": ("tail_length", lambda t: 2),
+    "skip of int32": ("tail_skip", lambda t: t.int()),
+    "skip of another batch": ("tail_skip", lambda t: t[:1]),
+    "skip with gaps": ("tail_skip", lambda t: t.T.contiguous().T),
+    "sinks of another dtype": ("sinks", lambda t: t.double()),
+    "sinks of other heads": ("sinks", lambda t: t[:4]),
+    "sinks with gaps": ("sinks", lambda t: torch.stack([t, t], 1)[:, 0]),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_argument_is_refused_by_name(what):
+    query, context, tail = problem(**WHOLE, mask=random(9, 4, 97) > 0, skip=[[0, 3], [1, 1]])
+    given = arguments(query, context, tail, sinks=random(11, 8))
+    torch.ops.kvzip.attend(**given)
+    name, change = BAD[what]
+    with pytest.raises(RuntimeError, match=name):
+        torch.ops.kvzip.attend(**{**given, name: change(given[name])})
+
+
+BAD_CURSORS = {
+    "int32": torch.tensor([68, 0], dtype=torch.int32)[:1],
+    "float": torch.tensor([68.0, 0.0]),
+    "two": torch.tensor([68, 68]),
+    "too long": torch.tensor([69]),
+    "too short": torch.tensor([2]),
+    "negative": torch.tensor([-1]),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CURSORS)
+def test_a_bad_cursor_is_refused_by_name(what):
+    query, context, tail = problem(**WHOLE)
+    with pytest.raises(RuntimeError, match=r"tail_cursor|tail_length"):
+        attend(query, context, TailKV(tail.keys, tail.values, 68, BAD_CURSORS[what]))
+
+
+def changed(tensor, at, value):
+    tensor = tensor.clone()
+    tensor[at] = value
+    return tensor
+
+
+BAD_OFFSETS = {
+    "a decreasing offset": ("cu_seqlens", (1, 200)),
+    "offsets that do not begin at 0": ("cu_seqlens", (0, 1)),
+    "tiles that are not those of the offsets": ("cu_tiles", (4, 7)),
+    "decreasing tiles": ("cu_tiles", (1, 5)),
+}
+
+
+@pytest.mark.parametrize("what", BAD_OFFSETS)
+def test_offsets_that_contradict_each_other_are_refused(what):
+    """What would be read out of bounds, or not at all, is not taken on trust."""
+    name, change = BAD_OFFSETS[what]
+    given = arguments(*problem(**WHOLE))
+    with pytest.raises(RuntimeError, match=name):
+        torch.ops.kvzip.attend(**{**given, name: changed(given[name], *change)})
