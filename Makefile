@@ -39,6 +39,7 @@ bench: install
 	$(PY) benchmarks/bench_generate.py
 	$(PY) benchmarks/bench_scoring.py
 	$(PY) benchmarks/bench_scoring_memory.py
+	$(PY) benchmarks/bench_blocks.py
 
 # Compiles the C++ and, with nvcc, the CUDA kernels into the cache folder; otherwise the first use does.
 kernels: install

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sweep the fraction of KV pairs kept: prefill each context once, prune it by every scorer, level and ratio, ask.
+"""Sweep the fraction of KV pairs kept: prefill each context once, prune by every scorer, level, ratio and bits, ask.
 
 One JSON line an answer goes to the output folder as it comes. Stopped and started again, the same command goes on where
 it was. Under torchrun, `accelerate launch` or SLURM (tasks, arrays) the contexts are split among the processes.
@@ -66,9 +66,11 @@ def sweep_parser() -> Parser:
     add = parser.add_argument
     add("-m", "--model", default="bundled", help="bundled, an alias such as qwen2.5-7b, a folder or a hub id (bundled)")
     add("-d", "--data", default="facts", metavar="NAME[:TOKENS],...", help="datasets or groups, see below (facts)")
-    add("--scorer", default="kvzip", metavar="NAME,...", help='methods: "kvzip,snapkv(window_size=32)" (kvzip)')
+    add("--scorer", default="kvzip", metavar="NAME,...", help='methods: "kvzip,snapkv(window_size=32)"; "all": '
+        "all that need no file and no question (kvzip)")  # fmt: skip
     add("--level", default="", metavar="NAME,...", help="how the budget is spread, see below (each scorer's own)")
     add("--ratio", default=RATIOS, metavar="R,...", help=f"fractions KEPT, in (0, 1] ({RATIOS})")
+    add("--bits", default="16", metavar="B,...", help="of a stored number: 16 (the model's own precision), 8, 4 (16)")
     add("--head-scores", nargs="?", const=True, default=False, metavar="NAME", help="one more curve, of stored head "
         "scores at level head; without a name, those shipped for the model (no)")  # fmt: skip
     # torchrun and accelerate, whose own options come first, take --num for one of theirs that is not written out.
@@ -107,17 +109,24 @@ def sweep(args: argparse.Namespace) -> None:
     from kvzip import ModelKVzip
     from kvzip.evaluation.shards import Shard
     from kvzip.evaluation.sweep import Sweep, run
+    from kvzip.kvcache.store import CHOICES
     from kvzip.registry import split_list
+    from kvzip.scoring import named_scorers
 
     try:
         ratios = tuple(float(ratio) for ratio in split_list(args.ratio))
     except ValueError:
         raise ValueError(f"--ratio {args.ratio!r} is not a comma list of numbers in (0, 1]") from None
+    try:
+        bits = tuple(int(one) for one in split_list(args.bits))
+    except ValueError:
+        raise ValueError(f"--bits {args.bits!r} is not a comma list of {', '.join(map(str, CHOICES))}") from None
     plan = Sweep(
         data=args.data,
-        scorers=tuple(split_list(args.scorer)),
+        scorers=tuple(named_scorers(args.scorer)),
         levels=tuple(split_list(args.level)),
         ratios=ratios,
+        bits=bits,
         num=args.num,
         start=args.start_at,
         seed=args.seed,

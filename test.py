@@ -75,6 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42, metavar="N", help="of generated data (42)")
     add("--data_dir", type=Path, metavar="DIR", help="folder of local dataset files (none: generated, or from the hub)")
     add("-r", "--ratio", type=float, default=0.3, help="fraction of the KV pairs KEPT, in (0, 1] (0.3)")
+    add("--bits", type=int, default=16, help="of a stored number: 16 (the model's own precision), 8 or 4 (16)")
     add("--level", help="pair: one ranking of all pairs; pair-uniform: as many in every head; head: whole heads; "
         "more below (the scorer's own, pair for kvzip; head with --load_score)")  # fmt: skip
     add("--scorer", help='method, see below, perhaps with settings: "snapkv(window_size=32)" (kvzip)')
@@ -121,6 +122,7 @@ def run(args: argparse.Namespace) -> None:
             scorer=args.scorer or "kvzip",
             ratio=args.ratio,
             level=args.level,
+            bits=args.bits,
             kv_type=args.kv_type,
             load_score=args.load_score,
             max_new_tokens=args.max_new_tokens,

@@ -126,6 +126,8 @@ def test_interrupted(monkeypatch, tmp_path, capsys):
         (["--level", "pears"], "did you mean 'pair'"),
         (["--ratio", "0.5,half"], "--ratio '0.5,half' is not a comma list of numbers"),
         (["--ratio", "1.2"], "got 1.2"),
+        (["--bits", "16,3"], "bits must be one of (16, 8, 4)"),
+        (["--bits", "16,four"], "--bits '16,four' is not a comma list of 16, 8, 4"),
         (["--num", "0"], "num must be at least 1"),
         (["--model", "bundeld"], "did you mean 'bundled'"),
         (["--device", "gpu"], "--device 'gpu' is not a device"),
@@ -166,8 +168,9 @@ def test_ours_are_not_told_as_the_users_mistakes(monkeypatch, tmp_path):
 def test_flags_may_have_underscores(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(sweep, "run", lambda model, plan, *args, **options: seen.append(plan) or 0)
-    assert cli.main([*SMALL, "--max_context", "50", "--batch_size", "3", "-o", str(tmp_path)]) == 0
-    assert (seen[0].max_context, seen[0].batch_size) == (50, 3)
+    flags = ["--max_context", "50", "--batch_size", "3", "--bits", "16,4"]
+    assert cli.main([*SMALL, *flags, "-o", str(tmp_path)]) == 0
+    assert (seen[0].max_context, seen[0].batch_size, seen[0].bits) == (50, 3, (16, 4))
 
 
 def test_help_has_names_and_defaults(capsys):

@@ -91,9 +91,9 @@ def test_saves_json_and_head_scores_that_it_can_load(cli, tmp_path, monkeypatch,
     assert "2 contexts together" in out
     assert head_scores.load(name).tensor.shape == (5, 4)
     assert len(json.loads(Path("all.json").read_text())["contexts"]) == 2
-    assert status_of(cli, "-d", "facts:64", "--load_score", name, "--json", "-") == 0
+    assert status_of(cli, "-d", "facts:64", "--load_score", name, "--bits", "4", "--json", "-") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["settings"]["level"] == "head"
+    assert (found["settings"]["level"], found["settings"]["bits"]) == ("head", 4)
     assert [stage["name"] for stage in found["contexts"][0]["stages"]][:2] == ["prefill", "query prefill"]
 
 
@@ -101,6 +101,7 @@ USAGE = [
     (["--frobnicate"], "unrecognized arguments"),
     (["--ratio", "1.5"], "ratio must be"),
     (["--ratio", "some"], "invalid float value"),
+    (["--bits", "3"], "bits must be one of (16, 8, 4)"),
     (["--level", "pear"], "did you mean 'pair'"),
     (["--scorer", "kvzup"], "did you mean 'kvzip'"),
     (["--scorer", "snapkv(windw=3)"], "has no setting 'windw'"),

@@ -11,8 +11,9 @@ from kvzip import ModelKVzip
 from kvzip.scoring.files import ScorerFile
 from kvzip.scoring.gates import KINDS
 from kvzip.scoring.methods.gate import TrainedGate
-from tools import train_gate
-from tools.train_gate import agreement, compare, fit, from_files, generated, observe, ranks, targets
+from tools import teaching, train_gate
+from tools.teaching import agreement, from_files, generated, ranks
+from tools.train_gate import compare, fit, observe, targets
 
 
 @cache
@@ -55,7 +56,7 @@ def test_other_gates_learn_whatever_the_size_of_the_features(kind, left, monkeyp
 
 def test_training_ends_when_the_time_is_over(monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(train_gate.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(teaching.time, "monotonic", lambda: next(clock))
     hidden, wanted = problem(50)
     fit("mlp", hidden, wanted, groups=1, width=4, seconds=20)
     assert next(clock) == 21, "a step a tick"
@@ -107,7 +108,7 @@ def test_from_documents_to_a_file_that_scores(kind, tmp_path, monkeypatch, capsy
     """The command, with little to learn from: still far better than chance on documents it has not seen."""
     monkeypatch.setattr(train_gate, "STEPS", 60)
     monkeypatch.setattr(train_gate, "BATCH", 500)
-    monkeypatch.setattr(train_gate, "HELD_OUT", 2)
+    monkeypatch.setattr(teaching, "HELD_OUT", 2)
     out = tmp_path / "gate"
     command = f"train_gate --kind {kind} --lengths 256 --positions 1000 --out {out}"
     monkeypatch.setattr(sys, "argv", command.split())
@@ -122,7 +123,7 @@ def test_from_documents_to_a_file_that_scores(kind, tmp_path, monkeypatch, capsy
     assert file.model_id == bundled().model_id["weights"]
     assert file.settings["kind"] == kind
     scorer = TrainedGate(path=out)
-    example = observe(bundled(), "The red box holds 4417. " * 9, "kvzip")
+    example = observe(bundled(), "kvzip", "The red box holds 4417. " * 9)
     scores = bundled().prefill("The red box holds 4417. " * 9, scorer=scorer).scores
     found = torch.stack([gate(hidden) for gate, hidden in zip(scorer.gates, example.hidden, strict=True)])
     torch.testing.assert_close(scores, found, atol=1e-5, rtol=1e-5)

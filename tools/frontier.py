@@ -8,7 +8,6 @@ every exam, so that the second figure shows how well it foretells them.
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import time
@@ -16,38 +15,25 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 from kvzip import KVCache, ModelKVzip
-from kvzip import data as exams
-from kvzip.data import Record
+from tools.exams import TASKS, Exam, Row, exams, mean, right, sit
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ("facts", "kv", "passkey")
 BITS = (16, 8, 4)
 RATIOS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 OTHERS = ("snapkv", "streaming_llm", "random")  # whose fidelity is compared with their answers too
 TOLERANCE = 0.01
 
-Row = dict[str, Any]
 
-
-def right(model: ModelKVzip, kv: KVCache, record: Record) -> float:
-    """Share of exact answers."""
-    answers = model.generate(record.questions, kv, max_new_tokens=record.max_new_tokens)
-    scores = [exams.score(record.task, *pair) for pair in zip(answers, record.answers, strict=True)]
-    return statistics.mean(scores)
-
-
-def ask(model: ModelKVzip, task: str, length: int, seed: int, questions: int) -> list[Row]:
+def ask(model: ModelKVzip, exam: Exam) -> list[Row]:
     """All settings over one document: what was kept, bytes over the full cache's, score, fidelity."""
-    record = exams.generate(task, seed, tokens=length, count_tokens=model.tokenizer, num_questions=questions)
+    record = exam.record(model)
     whole = model.prefill(record.context, scorer=["kvzip", *OTHERS])
     rows: list[Row] = []
 
     def add(curve: str, kv: KVCache, **more: object) -> Row:
-        row = {"task": task, "length": length, "seed": seed, "curve": curve, "ratio": kv.ratio, "bits": kv.bits}
+        where = {"task": exam.task, "length": exam.length, "seed": exam.seed}
+        row: Row = where | {"curve": curve, "ratio": kv.ratio, "bits": kv.bits}
         row |= {"bytes": kv.nbytes / kv.full_nbytes, "score": right(model, kv, record)}
         rows.append(row | {"fidelity": kv.fidelity().accuracy} | more)
         return rows[-1]
@@ -67,16 +53,6 @@ def ask(model: ModelKVzip, task: str, length: int, seed: int, questions: int) ->
         kv.prune("auto", tolerance=TOLERANCE, bits=bits)
         add(f"auto, {bits} bits", kv, asked="auto", seconds=time.perf_counter() - start)
     return rows
-
-
-def _start(name: str) -> None:
-    global _model  # one model a worker process
-    torch.set_num_threads(1)
-    _model = ModelKVzip(name)
-
-
-def _work(job: tuple[str, int, int, int]) -> list[Row]:
-    return ask(_model, *job)
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -114,11 +90,6 @@ def table(rows: list[Row]) -> list[str]:
         "",
         f"Correlation of fidelity and score over {len(rows)} documents and settings: {correlation(rows):.2f}",
     ]
-
-
-def mean(rows: list[Row], name: str) -> float:
-    """Mean of one column."""
-    return statistics.mean(row[name] for row in rows)
 
 
 def correlation(rows: list[Row]) -> float:
@@ -161,17 +132,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "frontier")
     args = parser.parse_args()
-    lengths = sorted(map(int, args.lengths.split(",")), reverse=True)
-    jobs = [
-        (task, length, args.seed + i, args.questions)
-        for length in lengths
-        for task in TASKS
-        for i in range(args.documents)
-    ]
-    rows: list[Row] = []
-    with multiprocessing.get_context("spawn").Pool(args.workers, _start, (args.model,)) as pool:
-        for found in tqdm(pool.imap(_work, jobs), total=len(jobs), unit="document"):
-            rows += found
+    chosen = exams(map(int, args.lengths.split(",")), args.documents, args.questions, args.seed)
+    rows = sit(ask, args.model, chosen, args.workers)
     weights = ModelKVzip(args.model).model_id["weights"]
     settings = {name: value for name, value in vars(args).items() if name != "out"} | {"weights": weights}
     args.out.with_suffix(".json").write_text(json.dumps({"settings": settings, "rows": rows}) + "\n")

@@ -143,6 +143,22 @@ def check_decoding(device: str) -> dict[str, Any]:
     return {"passed": passed, "backend": model.backend, "same tokens": same, "captured": captures}
 
 
+def check_offload(device: str) -> dict[str, Any]:
+    """Logits over a store in host memory are those over one on the device, of 16 and 4 bits."""
+    from kvzip import ModelKVzip
+
+    model = ModelKVzip(device=device)
+    question = torch.tensor([model.apply_template("What does the amber box hold?")], device=device)
+    same = []
+    for bits in (None, 4):
+        kv = model.prefill("The amber box holds 5512. Nia Kemp lives in Oslo. " * 20)
+        kv.prune(0.3, bits=bits)
+        here = model(question, kv=kv)
+        kv.offload("cpu")
+        same += [torch.equal(model(question, kv=kv), here) for _ in range(3)]
+    return {"passed": all(same), "same logits": same}
+
+
 def sanitize(device: str) -> dict[str, Any]:
     """Run some cases under compute-sanitizer."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -201,6 +217,7 @@ def main() -> None:
         "attention": lambda: check_attention(device, name, args.quick),
         "column_max": lambda: check_column_max(device, name),
         "decoding": lambda: check_decoding(device),
+        "offload": lambda: check_offload(device),
         "sanitizers": lambda: sanitize(device),
     }
     if not args.quick:

@@ -12,10 +12,9 @@ The file is used by `model.prefill(context, scorer="gate(path='qwen3-8b.safetens
 from __future__ import annotations
 
 import argparse
-import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,18 +23,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvzip import ModelKVzip
-from kvzip import data as exams
-from kvzip.scoring import LayerView, Notes, PrefillCall, PrefillScorer
-from kvzip.scoring.files import ScorerFile
 from kvzip.scoring.gates import KINDS, Gate, LinearGate, LowRankGate, MLPGate
 from kvzip.scoring.methods.gate import TrainedGate
+from tools.teaching import KEPT, Inputs, add_arguments, agreement, descend, documents, gather, numbered, save
 
-TASKS = ("facts", "kv", "passkey")
-LENGTHS = (128, 256, 512, 1024, 1600)
-HELD_OUT = 6  # generated documents to compare on
 LEAST_SCORE = 1e-6  # smaller ones count as this: their logarithms would rule the sum of squares
-KEPT = 0.3  # fraction kept at which selections are compared
-STEPS, BATCH, RATE = 1500, 2048, 3e-3
+STEPS, BATCH = 1500, 2048
 INPUT_WEIGHTS = {"mlp": ("0.weight",), "low-rank": ("q_proj.weight", "k_proj.weight")}
 
 
@@ -45,59 +38,17 @@ class Example(NamedTuple):
     hidden: Tensor
     scores: Tensor
 
-
-class Inputs(PrefillScorer):
-    """Records what enters the attention modules; its scores are of no use."""
-
-    name, paper = "inputs", "none"
-
-    def __init__(self) -> None:
-        self.hidden: dict[int, list[Tensor]] = {}
-
-    def watch(self, call: PrefillCall, notes: Notes) -> None:
-        self.hidden.setdefault(call.row, []).append(call.hidden_states.cpu())
-
-    def score_layer(self, layer: LayerView, notes: Notes) -> Tensor:
-        return torch.zeros(layer.keys.shape[:2])
+    @property
+    def length(self) -> int:
+        """Positions."""
+        return self.scores.shape[-1]
 
 
-def observe(model: ModelKVzip, document: str | Sequence[int], scorer: str) -> Example:
+def observe(model: ModelKVzip, scorer: str, document: str | Sequence[int]) -> Example:
     """Prefill and score one document."""
     inputs = Inputs()
     kv = model.prefill(document, scorer=[scorer, inputs])
-    hidden = [torch.cat(parts)[kv.prefix_length :] for _, parts in sorted(inputs.hidden.items())]
-    return Example(torch.stack(hidden), kv.scores)
-
-
-def generated(
-    model: ModelKVzip, tasks: Sequence[str], split: str, seed: int, lengths: Sequence[int] = LENGTHS
-) -> Iterator[str]:
-    """Documents of `tasks` in turn and of `lengths` in tokens by chance, without end."""
-    rng = random.Random(f"{split}/{seed}")
-    room = (model.max_positions or 10**9) // 2  # KVzip repeats the document behind itself
-    fitting = [length for length in lengths if length + 256 <= room] or [min(lengths)]
-    index = 0
-    while True:
-        options = {"split": split, "tokens": rng.choice(fitting), "count_tokens": model.tokenizer}
-        record = exams.generate(tasks[index % len(tasks)], seed * 1_000_003 + index, **options)
-        yield record.context
-        index += 1
-
-
-def from_files(model: ModelKVzip, paths: Iterable[Path], tokens: int, seed: int) -> list[list[int]]:
-    """Cut files into documents of `tokens` ids, in random order.
-
-    Raises:
-        ValueError: fewer than two documents, one to learn from and one to compare on.
-    """
-    documents = []
-    for path in paths:
-        ids = model.encode(path.read_text(encoding="utf-8"))
-        documents += [ids[start : start + tokens] for start in range(0, len(ids), tokens)]
-    if len(documents) < 2:
-        raise ValueError(f"the texts make {len(documents)} document of {tokens} tokens, expected 2 or more")
-    random.Random(seed).shuffle(documents)
-    return documents
+    return Example(torch.stack([one[kv.prefix_length :] for one in inputs.hidden]), kv.scores)
 
 
 def targets(scores: Tensor) -> Tensor:
@@ -126,18 +77,12 @@ def fit(
     gate.to(hidden.device)
     if kind == "mlp":
         gate.get_parameter("2.bias").data.copy_(wanted.mean(0))
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=RATE, weight_decay=0.01)
-    start, done, step = time.monotonic(), 0.0, 0
-    while done < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 50) * (1 - done)
+
+    def loss() -> Tensor:
         rows = torch.randint(len(hidden), (BATCH,)).to(hidden.device)
-        loss = F.mse_loss(gate(hidden[rows].float() / scale).T, wanted[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        step += 1
-        done = max(step / STEPS, (time.monotonic() - start) / seconds)
+        return F.mse_loss(gate(hidden[rows].float() / scale).T, wanted[rows])
+
+    descend(gate, loss, steps=STEPS, seconds=seconds, warmup=50)
     for name in INPUT_WEIGHTS[kind]:
         gate.get_parameter(name).data.div_(scale)
     return gate.requires_grad_(False)
@@ -154,21 +99,6 @@ def _least_squares(hidden: Tensor, wanted: Tensor, scale: Tensor) -> LinearGate:
     return gate.requires_grad_(False)
 
 
-def ranks(values: Tensor) -> Tensor:
-    """Ranks of (n,) values, equal ones share their mean."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts - 1) / 2)[inverse]
-
-
-def agreement(found: Tensor, scores: Tensor) -> tuple[float, float]:
-    """Rank correlation of two tensors of scores, and how many of the best 30 % by `found` are so by `scores`."""
-    found, scores = found.flatten(), scores.flatten()
-    correlation = torch.corrcoef(torch.stack([ranks(found), ranks(scores)]))[0, 1]
-    k = max(1, round(KEPT * len(scores)))
-    hits = scores[found.topk(k).indices] >= scores.topk(k).values[-1]
-    return float(correlation), float(hits.float().mean())
-
-
 def compare(gates: Sequence[Gate], examples: Sequence[Example]) -> list[tuple[float, float]]:
     """Mean agreement over documents, layer by layer, and last over all layers together, as level `pair` ranks them."""
     device = next(gates[0].parameters()).device
@@ -183,7 +113,7 @@ def compare(gates: Sequence[Gate], examples: Sequence[Example]) -> list[tuple[fl
 def train(
     model: ModelKVzip,
     kind: str,
-    documents: Iterable[str | Sequence[int]],
+    texts: Iterable[str | Sequence[int]],
     *,
     scorer: str = "kvzip",
     positions: int = 30_000,
@@ -192,13 +122,8 @@ def train(
     seconds: float = 300,
 ) -> list[Gate]:
     """Score documents, until there are `positions` or half the time is over, and fit one gate a prunable layer."""
-    start, examples, seen = time.monotonic(), [], 0
-    for document in documents:
-        examples.append(observe(model, document, scorer))
-        seen += examples[-1].scores.shape[-1]
-        if seen >= positions or time.monotonic() - start > seconds / 2:
-            break
-    print(f"{len(examples)} documents, {seen} positions, {time.monotonic() - start:.0f} s")
+    start = time.monotonic()
+    examples = gather(texts, partial(observe, model, scorer), positions, seconds / 2)
     gates: list[Gate] = []
     layers, heads = model.head_shape
     for row in range(layers):
@@ -211,52 +136,28 @@ def train(
     return gates
 
 
-def save(gates: Sequence[Gate], path: Path, model: ModelKVzip, **settings: object) -> None:
-    """Write the file that scorer `gate` reads; it belongs to the model's weights."""
-    tensors = {f"layers.{row}.{name}": one for row, gate in enumerate(gates) for name, one in gate.state_dict().items()}
-    ScorerFile("gate", tensors, model.name, model.model_id["weights"], settings).save(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="bundled", help="a name that ModelKVzip takes")
+    add_arguments(parser)
     parser.add_argument("--kind", default="mlp", choices=KINDS)
-    parser.add_argument("--text", type=Path, nargs="+", help="texts to learn from (default: generated documents)")
-    parser.add_argument("--tasks", nargs="+", default=TASKS, help="what is generated where there are no texts")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of generated documents")
-    parser.add_argument("--tokens", type=int, default=2000, help="length of the documents that texts are cut into")
-    parser.add_argument("--positions", type=int, default=30_000, help="tokens to learn from")
-    parser.add_argument("--scorer", default="kvzip", help="whose scores the gate learns")
     parser.add_argument("--width", type=int, default=64, help="hidden units of an MLP (KVzap: hidden size / 8)")
-    parser.add_argument("--max-minutes", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="file to write (default for the bundled model: the shipped one)")
     args = parser.parse_args()
     if args.out is None and args.model != "bundled":
         parser.error("--out is needed: only the bundled model has a file of its own")
     model = ModelKVzip(args.model)
-    documents: Iterable[str | Sequence[int]]
-    held_out: Iterable[str | Sequence[int]]
-    if args.text:
-        cut = from_files(model, args.text, args.tokens, args.seed)
-        count = max(1, len(cut) // 8)
-        documents, held_out = cut[count:], cut[:count]
-        data = ", ".join(path.name for path in args.text)
-    else:
-        documents = generated(model, args.tasks, "train", args.seed, args.lengths)
-        held_out = islice(generated(model, args.tasks, "test", args.seed, args.lengths), HELD_OUT)
-        data = f"generated, tasks {', '.join(args.tasks)}, train split"
+    found = documents(model, args)
     gates = train(
-        model, args.kind, documents, scorer=args.scorer, positions=args.positions, width=args.width, seed=args.seed,
+        model, args.kind, found.learn, scorer=args.scorer, positions=args.positions, width=args.width, seed=args.seed,
         seconds=60 * args.max_minutes,
     )  # fmt: skip
     print(f"held-out documents: rank correlation with {args.scorer}, overlap of the best {100 * KEPT:.0f} %")
-    rows = compare(gates, [observe(model, one, args.scorer) for one in held_out])
+    rows = compare(gates, [observe(model, args.scorer, one) for one in found.compare])
     for name, (correlation, overlap) in zip([*range(len(gates)), "all"], rows, strict=True):
         print(f"  layer {name}: {correlation:.3f}  {overlap:.3f}")
     out = args.out or TrainedGate().shipped
-    save(gates, out, model, kind=args.kind, scorer=args.scorer, data=data, seed=args.seed)
-    print(f"{out}: {out.stat().st_size} bytes")
+    settings = {"kind": args.kind, "scorer": args.scorer, "data": found.data, "seed": args.seed}
+    save("gate", numbered(gates), out, model, settings)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,13 +28,13 @@ from torch.nn import functional as F
 from kvzip import ModelKVzip
 from kvzip.registry import split_list
 from kvzip.scoring import ScoringContext, get_scorer
-from kvzip.scoring.files import ScorerFile
 from kvzip.scoring.methods.pikv import Judgement, PiKV, mix, settings_of, shared_ranks
 from kvzip.scoring.router_settings import ROUTER_TYPES
 from kvzip.scoring.routers import ROUTERS, Router
-from tools.train_gate import HELD_OUT, KEPT, TASKS, Inputs, agreement, from_files, generated
+from tools import teaching
+from tools.teaching import KEPT, Inputs, add_arguments, agreement, descend, documents, gather, numbered
 
-RATE, PASSES = 3e-3, 30  # learning rate, and how often each document is seen
+PASSES = 30  # how often each document is seen
 
 
 class Example(NamedTuple):
@@ -52,6 +52,11 @@ class Example(NamedTuple):
     judged: list[Judgement]
     wanted: list[Tensor]
 
+    @property
+    def length(self) -> int:
+        """Positions."""
+        return self.wanted[0].shape[-1]
+
 
 class Listener(PiKV):
     """Keeps what the experts say; its scores are of no use."""
@@ -64,11 +69,11 @@ class Listener(PiKV):
         return torch.zeros(context.shape)
 
 
-def observe(model: ModelKVzip, scorer: PiKV, document: str | Sequence[int], teacher: str) -> Example:
+def observe(model: ModelKVzip, scorer: PiKV, teacher: str, document: str | Sequence[int]) -> Example:
     """Prefill a document, let teacher and experts score it."""
     inputs, listener = Inputs(), Listener(**vars_of(scorer))
     kv = model.prefill(document, scorer=[teacher, inputs, listener])
-    states = [torch.cat(parts).float() for _, parts in sorted(inputs.hidden.items())]
+    states = [one.float() for one in inputs.hidden]
     wanted = [shared_ranks(scores) for scores in kv.scores]
     hidden, mean = [one[kv.prefix_length :] for one in states], [one.mean(0) for one in states]
     return Example(hidden, mean, listener.heard, wanted)
@@ -96,54 +101,39 @@ def fit(scorer: PiKV, examples: Sequence[Example], row: int, device: torch.devic
     router = ROUTERS[scorer.router_type](examples[0].hidden[row].shape[1], scorer)
     router.draw(torch.Generator().manual_seed(scorer.seed * 1_000_003 + row))
     router.to(device).train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(router.parameters(), lr=RATE, weight_decay=0.01)
     order = random.Random(f"{scorer.seed}/{row}")
-    start, step, done = time.monotonic(), 0, 0.0
-    while done < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 20) * (1 - done)
-        loss = loss_of(router, order.choice(examples), row)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        step += 1
-        done = max(step / (PASSES * len(examples)), (time.monotonic() - start) / seconds)
+    steps = PASSES * len(examples)
+    descend(router, lambda: loss_of(router, order.choice(examples), row), steps=steps, seconds=seconds, warmup=20)
     return router.eval().requires_grad_(False)
 
 
 def train(
     model: ModelKVzip,
     scorer: PiKV,
-    documents: Iterable[str | Sequence[int]],
+    texts: Iterable[str | Sequence[int]],
     *,
     teacher: str = "kvzip",
     positions: int = 30_000,
     seconds: float = 300,
 ) -> dict[str, Tensor]:
     """Score documents, until there are `positions` or half the time is over; return the file's tensors."""
-    start, examples, seen = time.monotonic(), [], 0
-    for document in documents:
-        examples.append(observe(model, scorer, document, teacher))
-        seen += examples[-1].wanted[0].shape[-1]
-        if seen >= positions or time.monotonic() - start > seconds / 2:
-            break
-    print(f"{len(examples)} documents, {seen} positions, {time.monotonic() - start:.0f} s")
+    start = time.monotonic()
+    examples = gather(texts, partial(observe, model, scorer, teacher), positions, seconds / 2)
     layers, _ = model.head_shape
-    tensors = {}
+    routers = []
     for row in range(layers):
         left = (seconds - (time.monotonic() - start)) / (layers - row)
-        router = fit(scorer, examples, row, model.device, max(left, 1))
-        tensors.update({f"layers.{row}.{name}": one for name, one in router.state_dict().items()})
+        routers.append(fit(scorer, examples, row, model.device, max(left, 1)))
     print(f"{layers} routers of type {scorer.router_type} fitted, {time.monotonic() - start:.0f} s together")
-    return tensors
+    return numbered(routers)
 
 
 def compare(
-    model: ModelKVzip, scorers: dict[str, object], documents: Iterable[str | Sequence[int]], teacher: str
+    model: ModelKVzip, scorers: dict[str, object], texts: Iterable[str | Sequence[int]], teacher: str
 ) -> dict[str, tuple[float, float]]:
     """Mean agreement of each scorer with the teacher over documents, ranks over all layers together."""
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in scorers}
-    for document in documents:
+    for document in texts:
         wanted = model.prefill(document, scorer=teacher).scores
         for name, scorer in scorers.items():
             scores = model.prefill(document, scorer=scorer).scores  # type: ignore[arg-type]
@@ -155,22 +145,16 @@ def compare(
 
 def save(tensors: dict[str, Tensor], scorer: PiKV, path: Path, model: ModelKVzip, **settings: object) -> None:
     """Write the file that scorer `pikv` reads; it belongs to the model's weights."""
-    ScorerFile("pikv", tensors, model.name, model.model_id["weights"], {**settings, **settings_of(scorer)}).save(path)
+    teaching.save("pikv", tensors, path, model, {**settings, **settings_of(scorer)})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="bundled", help="a name that ModelKVzip takes")
+    add_arguments(parser)
     parser.add_argument("--router-type", default="pikv", choices=ROUTER_TYPES)
     parser.add_argument("--experts", help="scorers, with commas between them (default: PiKVpress's four rules)")
     parser.add_argument("--top-k", type=int, default=2, help="experts a token")
     parser.add_argument("--capacity-factor", type=float, default=1.5, help="tokens of an expert over its fair share")
-    parser.add_argument("--text", type=Path, nargs="+", help="texts to learn from (default: generated documents)")
-    parser.add_argument("--tokens", type=int, default=2000, help="length of the documents that texts are cut into")
-    parser.add_argument("--positions", type=int, default=30_000, help="tokens to learn from")
-    parser.add_argument("--scorer", default="kvzip", help="the teacher, whose ranks the mixture shall have")
-    parser.add_argument("--max-minutes", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("router.safetensors"))
     args = parser.parse_args()
     experts = tuple(split_list(args.experts)) if args.experts else None
@@ -180,26 +164,15 @@ def main() -> None:
         capacity_factor=args.capacity_factor, seed=args.seed,
     )  # fmt: skip
     model = ModelKVzip(args.model)
-    documents: Iterable[str | Sequence[int]]
-    held_out: Iterable[str | Sequence[int]]
-    if args.text:
-        cut = from_files(model, args.text, args.tokens, args.seed)
-        first = max(1, len(cut) // 8)
-        documents, held_out = cut[first:], cut[:first]
-        data = ", ".join(path.name for path in args.text)
-    else:
-        documents = generated(model, TASKS, "train", args.seed)
-        held_out = islice(generated(model, TASKS, "test", args.seed), HELD_OUT)
-        data = f"generated, tasks {', '.join(TASKS)}, train split"
+    found = documents(model, args)
     tensors = train(
-        model, scorer, documents, teacher=args.scorer, positions=args.positions, seconds=60 * args.max_minutes
+        model, scorer, found.learn, teacher=args.scorer, positions=args.positions, seconds=60 * args.max_minutes
     )
-    save(tensors, scorer, args.out, model, teacher=args.scorer, data=data)
-    print(f"{args.out}: {args.out.stat().st_size} bytes")
+    save(tensors, scorer, args.out, model, teacher=args.scorer, data=found.data)
     scorers: dict[str, object] = {"trained": PiKV(path=args.out), "untrained": replace(scorer)}
     scorers |= {str(one): get_scorer(one) for one in experts or scorer.asked}
     print(f"held-out documents, means over layers: rank correlation, overlap of the best {100 * KEPT:.0f} %")
-    for name, (correlation, overlap) in compare(model, scorers, held_out, args.scorer).items():
+    for name, (correlation, overlap) in compare(model, scorers, found.compare, args.scorer).items():
         print(f"  {name}: {correlation:.3f}  {overlap:.3f}")
 
 

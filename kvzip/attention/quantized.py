@@ -67,10 +67,12 @@ class QuantizedKV:
         return tiles.cumsum(0).to(self.key_codes.device)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> QuantizedKV:
-        """The same with `function(tensor)` in place of every tensor."""
+        """The same with `function(tensor)` in place of every tensor, offsets included: a copy needs not make them."""
         mask = None if self.mask is None else function(self.mask)
         changed: dict[str, Any] = {name: function(tensor) for name, tensor in self.tensors.items()}
-        return replace(self, mask=mask, **changed)
+        new = replace(self, mask=mask, **changed)
+        vars(new).update(cu_seqlens=function(self.cu_seqlens), cu_tiles=function(self.cu_tiles))
+        return new
 
     def dequantized(self, head: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values (stop - start, head_dim) float32 of rows [start, stop) of a head; `start` begins a tile."""

@@ -63,10 +63,12 @@ class RaggedKV:
         return tuple(sum(pair) for pair in zip(self.lengths, self.quantized.lengths, strict=True))
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "RaggedKV":
-        """The same with `function(tensor)` in place of every tensor."""
+        """The same with `function(tensor)` in place of every tensor, offsets included: a copy needs not make them."""
         mask = None if self.mask is None else function(self.mask)
         more = None if self.quantized is None else self.quantized.apply(function)
-        return RaggedKV(function(self.keys), function(self.values), self.lengths, mask, more)
+        new = RaggedKV(function(self.keys), function(self.values), self.lengths, mask, more)
+        vars(new).update(cu_seqlens_k=function(self.cu_seqlens_k), cu_tiles=function(self.cu_tiles))
+        return new
 
     def masked(self, mask: Tensor | None) -> "RaggedKV":
         """The same with only the rows that `mask` (num_key_value_heads, kv_len) marks visible; None = all."""

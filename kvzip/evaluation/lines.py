@@ -9,6 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvzip.kvcache.store import FULL
+
+
+class Cell(NamedTuple):
+    """What a context is asked with."""
+
+    scorer: str
+    level: str
+    ratio: float
+    bits: int
+
 
 class Key(NamedTuple):
     """What a line is about; no two lines of a run have the same."""
@@ -19,9 +30,10 @@ class Key(NamedTuple):
     scorer: str
     level: str
     ratio: float
+    bits: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
     """One answer.
 
@@ -29,8 +41,9 @@ class Line:
         dataset: as it was asked for: a name, or name:tokens.
         sample, question: indices of the context in the dataset, and of the question in the context.
         num_questions: of the context.
-        scorer, level: how the kv was pruned. Lines with ratio 1 are the same for all of them.
+        scorer, level: how the kv was pruned. Lines with ratio 1 and the same bits are the same for all of them.
         ratio: fraction of the context's KV pairs asked to be KEPT; compression_ratio = 1 - ratio, the fraction removed.
+        bits: of a stored number, see `KVCache.bits`: 16 in the model's own precision, which a file may leave out.
         kept: fraction that was kept.
         context_tokens: length of the context, before pruning and without the prefix.
         kv_bytes, full_kv_bytes: K and V of prefix and context as stored when asked, and before pruning.
@@ -50,6 +63,7 @@ class Line:
     level: str
     ratio: float
     compression_ratio: float
+    bits: int = FULL
     kept: float
     context_tokens: int
     kv_bytes: int
@@ -66,7 +80,12 @@ class Line:
     @property
     def key(self) -> Key:
         """What the line is about."""
-        return Key(self.dataset, self.sample, self.question, self.scorer, self.level, self.ratio)
+        return Key(self.dataset, self.sample, self.question, *self.cell)
+
+    @property
+    def cell(self) -> Cell:
+        """What the context was asked with."""
+        return Cell(self.scorer, self.level, self.ratio, self.bits)
 
     def to_json(self) -> str:
         """One line of a results file, without its end."""
@@ -81,6 +100,8 @@ class Line:
             ValueError: something else.
         """
         found = json.loads(text)
+        if isinstance(found, dict):
+            found.setdefault("bits", FULL)
         if not isinstance(found, dict) or set(found) != set(_FIELDS):
             names = set(found) ^ set(_FIELDS) if isinstance(found, dict) else type(found).__name__
             raise ValueError(f"not a result: {sorted(names) if isinstance(names, set) else names}")

@@ -13,7 +13,7 @@ from kvzip.evaluation.lines import Key, Line, read_lines
 from kvzip.evaluation.results import difference, read_state
 
 # Settings in which sweeps in one report may differ: they say what is compared, not how.
-AXES = ("data", "scorers", "levels", "ratios", "head_scores")
+AXES = ("data", "scorers", "levels", "ratios", "bits", "head_scores")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def _missing(
     notes = [f"{folder}: shard {_some(absent)} of {count} is missing"] if absent else []
     notes += [f"{folder}: {file.stem} is not finished" for file, state in states.items() if "finished" not in state]
     curves = len(settings["scorers"]) * (len(settings["levels"]) or 1) + bool(settings["head_scores"])
-    left = Counter({line.key[:2]: line.num_questions * curves * len(settings["ratios"]) for line in lines})
+    cells = curves * len(settings["ratios"]) * len(settings["bits"])
+    left = Counter({line.key[:2]: line.num_questions * cells for line in lines})
     left.subtract(line.key[:2] for line in lines)
     for label, samples in settings["data"].items():
         left_out = {index for state in states.values() for index in state.get("finished", {}).get(label, ())}

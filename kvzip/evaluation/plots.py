@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kvzip.evaluation.lines import Line
-from kvzip.evaluation.summary import Point
-from kvzip.evaluation.tables import curve_name, levels_of
+from kvzip.evaluation.summary import Curve, Point
+from kvzip.evaluation.tables import bits_of, curve_name, levels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,13 +39,16 @@ def plots(points: Sequence[Point], lines: Sequence[Line]) -> Iterator[Plot]:
         timed = [point for point in own if point.seconds_per_token is not None]
         if timed:
             yield _plot(f"decode-{dataset}", f"{dataset}: decode time against the fraction kept", _decode(timed))
-    needles: dict[tuple[str, str, str], list[Line]] = defaultdict(list)
+    several_bits = len(bits_of(points)) > 1
+    needles: dict[tuple[str, Curve], list[Line]] = defaultdict(list)
     for line in lines:
         if all(_is_number(line.meta.get(name)) for name in ("tokens", "depth")):
-            needles[line.dataset.partition(":")[0], line.scorer, line.level].append(line)
-    for (dataset, scorer, level), found in needles.items():
-        title = f"{dataset}: score by length and depth, {scorer}, {level}"
-        yield _plot(f"needle-{dataset}-{scorer}-{level}", title, needle_figure(found))
+            curve = Curve(line.scorer, line.level, line.bits)
+            needles[line.dataset.partition(":")[0], curve].append(line)
+    for (dataset, curve), found in needles.items():
+        parts = [curve.scorer, curve.level, *([f"{curve.bits} bits"] if several_bits else [])]
+        title = f"{dataset}: score by length and depth, {', '.join(parts)}"
+        yield _plot("-".join(["needle", dataset, *parts]), title, needle_figure(found))
 
 
 def _is_number(value: object) -> bool:
@@ -99,13 +102,13 @@ def _curves(
     *,
     interval: bool = False,
 ) -> None:
-    """One curve a scorer and level: a colour a scorer, a line style a level; with `interval`, shaded."""
-    scorers = list(dict.fromkeys(point.scorer for point in points))
+    """One curve a scorer, level and bits: a colour a scorer and bits, a line style a level; `interval` is shaded."""
+    groups = list(dict.fromkeys((point.scorer, point.bits) for point in points))
     for curve in dict.fromkeys(point.curve for point in points):
         own = sorted((point for point in points if point.curve == curve), key=x)
-        index = scorers.index(curve[0])
+        index = groups.index((curve.scorer, curve.bits))
         color, marker = f"C{index % 10}", "os^Dv"[index % 5]
-        line = ("-", "--", ":", "-.")[levels_of(curve[0], points).index(curve[1]) % 4]
+        line = ("-", "--", ":", "-.")[levels_of(curve.scorer, points).index(curve.level) % 4]
         style: dict[str, Any] = {"linestyle": line, "color": color}
         across = [x(point) for point in own]
         axes.plot(across, [y(point) for point in own], marker=marker, ms=4, label=curve_name(curve, points), **style)

@@ -12,7 +12,9 @@ from kvzip.evaluation import environment
 from kvzip.evaluation.diagnostics import AnswerChange
 from kvzip.evaluation.meter import Stage, summed
 from kvzip.head_scores import HeadScores
+from kvzip.kvcache import check_bits
 from kvzip.kvcache.selection import check_ratio, get_level
+from kvzip.kvcache.store import FULL
 from kvzip.model import ModelKVzip
 from kvzip.model.checks import check_kv_type
 from kvzip.scoring import PrefillScorer, get_scorer
@@ -26,6 +28,7 @@ class Settings:
         scorer: by name, perhaps with settings; not used with `load_score`.
         level: by name, perhaps with settings; None becomes the scorer's own, and "head" with `load_score`.
         ratio: fraction of the context's KV pairs kept, in (0, 1].
+        bits: of a stored number after pruning: 16, the model's own precision, 8 or 4.
         kv_type, load_score: as in `ModelKVzip.prefill`.
         max_new_tokens: of an answer; None = the record's.
 
@@ -36,12 +39,14 @@ class Settings:
     scorer: str = "kvzip"
     ratio: float = 0.3
     level: str | None = None
+    bits: int = FULL
     kv_type: str = "evict"
     load_score: bool | str = False
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
+        check_bits(self.bits)
         check_kv_type(self.kv_type)
         level = "head" if self.load_score else get_scorer(self.scorer).level
         object.__setattr__(self, "level", self.level or level)

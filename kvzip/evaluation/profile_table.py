@@ -37,7 +37,8 @@ class View:
         self._print(
             f"{about['model']}: {about['dtype']} on {about['device']} ({about['device_name']}, threads: "
             f"{about['threads']}), attention backend {about['backend']}\n"
-            f"keep {settings.ratio:g} of the pairs by {by}, level {settings.level}, kv_type {settings.kv_type}"
+            f"keep {settings.ratio:g} of the pairs by {by}, level {settings.level}, kv_type {settings.kv_type}, "
+            f"bits {settings.bits}"
         )
 
     def add(self, profile: Profile) -> None:

@@ -45,7 +45,7 @@ def profile_context(model: ModelKVzip, sample: Sample, settings: Settings, meter
     stages += answering
     before = [trace_answer(model, kv, *pair) for pair in zip(asked, full, strict=True)]
     meter.start()
-    kv.prune(settings.ratio, settings.level)
+    kv.prune(settings.ratio, settings.level, bits=settings.bits)
     stages.append(meter.stop("prune", kv))
     pruned, answering = _answer_all(model, kv, asked, longest, meter, "pruned")
     stages += answering
@@ -70,7 +70,7 @@ def warm_up(model: ModelKVzip, record: Record, settings: Settings) -> None:
     kv = _prefill(model, ids, settings)
     if settings.scores_apart:
         model.score(kv, settings.scorer)
-    kv.prune(settings.ratio, settings.level)
+    kv.prune(settings.ratio, settings.level, bits=settings.bits)
     model.generate(ids[:8], kv, max_new_tokens=4, return_ids=True)
 
 

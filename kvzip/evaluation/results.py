@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvzip.evaluation.lines import Line, read_lines
+from kvzip.evaluation.lines import Cell, Line, read_lines
 from kvzip.evaluation.shards import Shard
+from kvzip.kvcache.store import FULL
 
 FORMAT = "kvzip-results/1"
 
@@ -44,7 +45,7 @@ class ResultsFile:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             _lock(self._file, self.path)
-            self._done: dict[tuple[str, int], dict[tuple[str, str, float], set[int]]] = {}
+            self._done: dict[tuple[str, int], dict[Cell, set[int]]] = {}
             self._questions: dict[tuple[str, int], int] = {}
             whole = 0
             for line, offset in read_lines(self.path):
@@ -70,15 +71,15 @@ class ResultsFile:
         os.close(self._file)
 
     def _note(self, line: Line) -> None:
-        sample, cell = (line.dataset, line.sample), (line.scorer, line.level, line.ratio)
-        done = self._done.setdefault(sample, {}).setdefault(cell, set())
+        sample = line.dataset, line.sample
+        done = self._done.setdefault(sample, {}).setdefault(line.cell, set())
         if line.question in done:
             raise ValueError(f"{self.path} has two lines for {line.key}")
         done.add(line.question)
         self._questions[sample] = line.num_questions
 
-    def is_complete(self, dataset: str, sample: int, cell: tuple[str, str, float]) -> bool:
-        """Whether every question of a sample is answered for a cell (scorer, level, ratio)."""
+    def is_complete(self, dataset: str, sample: int, cell: Cell) -> bool:
+        """Whether every question of a sample is answered for a cell."""
         done = self._done.get((dataset, sample), {}).get(cell, set())
         return len(done) == self._questions.get((dataset, sample), -1)
 
@@ -104,8 +105,7 @@ class ResultsFile:
         self.count += len(new)
 
     def _done_of(self, line: Line) -> set[int]:
-        cells = self._done.get((line.dataset, line.sample), {})
-        return cells.get((line.scorer, line.level, line.ratio), set())
+        return self._done.get((line.dataset, line.sample), {}).get(line.cell, set())
 
     def finish(self, left_out: Mapping[str, Sequence[int]]) -> None:
         """Note that nothing is missing but, for each dataset, the samples that were left out."""
@@ -125,7 +125,7 @@ class ResultsFile:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read a shard's settings file.
+    """Read a shard's settings file; where its settings name no bits, they are those of the model's own precision.
 
     Raises:
         ValueError: not such a file.
@@ -137,6 +137,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: not JSON") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not of a ratio sweep (format {FORMAT!r})")
+    state["settings"].setdefault("bits", [FULL])
     return state
 
 

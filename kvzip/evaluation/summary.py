@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,11 +15,20 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 
 
+class Curve(NamedTuple):
+    """What the points of a curve have in common."""
+
+    scorer: str
+    level: str
+    bits: int
+
+
 @dataclass(frozen=True)
 class Point:
-    """All answers of one dataset, scorer, level and ratio.
+    """All answers of one dataset, scorer, level, ratio and number of bits.
 
     Attributes:
+        bits: of a stored number, 16 in the model's own precision.
         score: mean over questions.
         low, high: ends of the 95 % confidence interval; None with a single context.
         contexts, questions: how many there are.
@@ -32,6 +42,7 @@ class Point:
     scorer: str
     level: str
     ratio: float
+    bits: int
     score: float
     low: float | None
     high: float | None
@@ -43,9 +54,9 @@ class Point:
     seconds_per_token: float | None
 
     @property
-    def curve(self) -> tuple[str, str]:
-        """Scorer and level."""
-        return self.scorer, self.level
+    def curve(self) -> Curve:
+        """The curve that it is on."""
+        return Curve(self.scorer, self.level, self.bits)
 
 
 def bootstrap(
@@ -73,10 +84,10 @@ def bootstrap(
 
 
 def summarize(lines: Iterable[Line], *, seed: int = 0) -> list[Point]:
-    """Return a point for every dataset, scorer, level and ratio, in this order."""
-    groups: dict[tuple[str, str, str, float], list[Line]] = defaultdict(list)
+    """Return a point for every dataset, scorer, level, number of bits (the most first) and ratio, in this order."""
+    groups: dict[tuple[str, str, str, int, float], list[Line]] = defaultdict(list)
     for line in lines:
-        groups[line.dataset, line.scorer, line.level, line.ratio].append(line)
+        groups[line.dataset, line.scorer, line.level, -line.bits, line.ratio].append(line)
     return [_point(group, seed) for _, group in sorted(groups.items())]
 
 
@@ -96,6 +107,7 @@ def _point(lines: list[Line], seed: int) -> Point:
         scorer=first.scorer,
         level=first.level,
         ratio=first.ratio,
+        bits=first.bits,
         score=float(np.mean([line.score for line in lines])),
         low=low,
         high=high,

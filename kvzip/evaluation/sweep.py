@@ -1,4 +1,4 @@
-"""The ratio sweep: each context is prefilled once, then pruned by every scorer, level and ratio, and asked."""
+"""The ratio sweep: each context is prefilled once, then pruned by every scorer, level, ratio and bits, and asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,25 +18,18 @@ from kvzip.data import Record
 from kvzip.data.registry import resolve
 from kvzip.evaluation import environment
 from kvzip.evaluation.asking import ask_timed
-from kvzip.evaluation.lines import Line
+from kvzip.evaluation.lines import Cell, Line
 from kvzip.evaluation.results import ResultsFile
 from kvzip.evaluation.samples import Sample, Source
 from kvzip.evaluation.shards import Shard
-from kvzip.kvcache import KVCache
+from kvzip.kvcache import KVCache, check_bits
 from kvzip.kvcache.selection import check_ratio, get_level
+from kvzip.kvcache.store import FULL
 from kvzip.model import ModelKVzip
 from kvzip.model.calibration import load_head_scores
 from kvzip.scoring import get_scorer
 
 HEAD_SCORES = "head_scores"  # in place of a scorer: stored head scores, at level "head"
-
-
-class Cell(NamedTuple):
-    """What a context is asked with."""
-
-    scorer: str
-    level: str
-    ratio: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,7 @@ class Sweep:
         data: comma list of NAME[:TOKENS], see `kvzip.data.registry.resolve`.
         scorers, levels: by name, perhaps with settings: "snapkv(window_size=32)". No levels: each scorer's own.
         ratios: fractions kept, in (0, 1].
+        bits: of stored numbers: 16, the model's own precision, 8, 4.
         num: contexts of each dataset at most; None = all there are (100 of a generated one).
         start: index of the first context.
         seed: of generated data.
@@ -64,6 +58,7 @@ class Sweep:
     scorers: tuple[str, ...] = ("kvzip",)
     levels: tuple[str, ...] = ()
     ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    bits: tuple[int, ...] = (FULL,)
     num: int | None = 100
     start: int = 0
     seed: int = 42
@@ -82,12 +77,14 @@ class Sweep:
             raise ValueError(f"start must be 0 or more, got {self.start}")
         for ratio in self.ratios:
             check_ratio(ratio)
-        for name in ("scorers", "levels", "ratios"):
+        for bits in self.bits:
+            check_bits(bits)
+        for name in ("scorers", "levels", "ratios", "bits"):
             given = getattr(self, name)
             if len(set(given)) < len(given):
                 raise ValueError(f"{name} has something twice: {', '.join(map(str, given))}")
-        if not self.ratios or not (self.scorers or self.head_scores):
-            raise ValueError("nothing to do: give at least one scorer and one ratio")
+        if not self.ratios or not self.bits or not (self.scorers or self.head_scores):
+            raise ValueError("nothing to do: give at least one scorer, one ratio and one of bits")
         for level in self.levels:
             get_level(level)
         _ = self.rounds, resolve(self.data)
@@ -101,7 +98,8 @@ class Sweep:
     @property
     def cells(self) -> list[Cell]:
         """All that a context is asked with."""
-        return [Cell(*curve, ratio) for curve in self.curves for ratio in sorted(self.ratios)]
+        shares, bits = sorted(self.ratios), sorted(self.bits, reverse=True)
+        return [Cell(*curve, ratio, one) for curve in self.curves for ratio in shares for one in bits]
 
     @cached_property
     def rounds(self) -> list[dict[str, str]]:
@@ -129,6 +127,7 @@ class Sweep:
             "scorers": {name: repr(get_scorer(name)) for name in sorted(self.scorers)},
             "levels": {name: repr(get_level(name)) for name in sorted(self.levels)},
             "ratios": sorted(self.ratios),
+            "bits": sorted(self.bits, reverse=True),
             "head_scores": self.head_scores,
             "num": self.num,
             "start": self.start,
@@ -186,7 +185,7 @@ def run(model: ModelKVzip, sweep: Sweep, folder: Path, shard: Shard | None = Non
                     asked = Asked(model, sweep, sample, record, None if heads is None else heads.tensor)
                     for lines in asked.answers(todo):
                         results.append(lines)
-                        bar.update(len({(line.scorer, line.level, line.ratio) for line in lines}))
+                        bar.update(len({line.cell for line in lines}))
                 except ValueError as error:
                     raise ValueError(f"{sample}: {error}") from error
         results.finish(left_out)
@@ -225,12 +224,20 @@ class Asked:
             if not own and (index > 0 or not full):
                 continue
             kv, seconds = self._prefill(list(scorers) if any(cell.scorer in scorers for cell in own) else None)
-            if full and index == 0:
-                yield self._lines(full, kv, seconds)
+            if index == 0:
+                yield from self._unpruned(full, kv, seconds)
             for cell in own:
                 clone = kv.clone()
-                clone.prune(cell.ratio, cell.level, scorer=scorers.get(cell.scorer))
+                clone.prune(cell.ratio, cell.level, scorer=scorers.get(cell.scorer), bits=cell.bits)
                 yield self._lines([cell], clone, seconds)
+
+    def _unpruned(self, cells: Sequence[Cell], kv: KVCache, prefill_seconds: float) -> Iterator[list[Line]]:
+        """Ask with all pairs kept: one cache of each number of bits serves all its cells."""
+        for bits in sorted({cell.bits for cell in cells}, reverse=True):
+            clone = kv.clone()
+            if bits != FULL:
+                clone.quantize(bits)
+            yield self._lines([cell for cell in cells if cell.bits == bits], clone, prefill_seconds)
 
     def _prefill(self, scorers: list[str] | None) -> tuple[KVCache, float]:
         """The scored kv, and the seconds that it took."""
@@ -268,6 +275,7 @@ class Asked:
                         level=cell.level,
                         ratio=cell.ratio,
                         compression_ratio=round(1 - cell.ratio, 10),
+                        bits=kv.bits,
                         kept=kv.ratio,
                         context_tokens=kv.context_length,
                         kv_bytes=kv.nbytes,

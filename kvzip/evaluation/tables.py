@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from kvzip.evaluation.summary import Point
+from kvzip.evaluation.summary import Curve, Point
 from kvzip.kvcache import format_bytes
 
 FORMATS = ("terminal", "markdown", "csv")
@@ -18,7 +18,7 @@ _EDGES = 2  # characters
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Scores of one dataset: a row a curve, a column a ratio; and a row of bytes.
+    """Scores of one dataset: a row a curve, a column a ratio; and rows of bytes.
 
     Attributes:
         rows: the name of a row, and its cells, each of lines that belong together.
@@ -29,10 +29,20 @@ class Table:
     rows: list[tuple[str, list[list[str]]]]
 
 
-def curve_name(curve: tuple[str, str], points: Sequence[Point]) -> str:
-    """Name a curve by its scorer, and by its level where the points have several of this scorer."""
-    scorer, level = curve
-    return scorer if levels_of(scorer, points) == [level] else f"{scorer}, {level}"
+def curve_name(curve: Curve, points: Sequence[Point]) -> str:
+    """Name a curve by its scorer, its level where the points have several of this scorer, and its bits where several
+    are among the points."""
+    parts = [curve.scorer]
+    if len(levels_of(curve.scorer, points)) > 1:
+        parts.append(curve.level)
+    if len(bits_of(points)) > 1:
+        parts.append(f"{curve.bits} bits")
+    return ", ".join(parts)
+
+
+def bits_of(points: Sequence[Point]) -> list[int]:
+    """The bits of stored numbers that are there, the most first."""
+    return sorted({point.bits for point in points}, reverse=True)
 
 
 def levels_of(scorer: str, points: Sequence[Point]) -> list[str]:
@@ -54,11 +64,15 @@ def _table(name: str, points: list[Point]) -> Table:
     curves = list(dict.fromkeys(point.curve for point in points))
     found = {(point.curve, point.ratio): point for point in points}
 
-    def row(curve: tuple[str, str], cell: Callable[[Point], list[str]]) -> list[list[str]]:
+    def row(curve: Curve, cell: Callable[[Point], list[str]]) -> list[list[str]]:
         return [cell(found[curve, ratio]) if (curve, ratio) in found else [""] for ratio in ratios]
 
     rows = [(curve_name(curve, points), row(curve, _score)) for curve in curves]
-    rows.append(("KV cache", row(curves[0], lambda point: [format_bytes(point.kv_bytes)])))
+    numbers = bits_of(points)
+    for bits in numbers:
+        first = next(curve for curve in curves if curve.bits == bits)
+        label = f"KV cache, {bits} bits" if len(numbers) > 1 else "KV cache"
+        rows.append((label, row(first, lambda point: [format_bytes(point.kv_bytes)])))
     most = max(points, key=lambda point: point.questions)
     contexts = f"{most.contexts} context{'s' if most.contexts > 1 else ''} of {most.context_tokens:,.0f} tokens"
     return Table(f"{name}: {most.questions:,} questions about {contexts}", [f"{ratio:g}" for ratio in ratios], rows)

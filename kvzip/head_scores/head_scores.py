@@ -1,6 +1,7 @@
 """Head scores: one number a layer and KV head, the largest pair score over a text (arXiv 2505.23416).
 
-Files are JSON with their provenance. Shipped ones lie in `files/` and are loaded by name; others by path.
+Files are JSON with their provenance. Shipped ones lie in `files/` and are loaded by name; others by path. Patterns of
+DuoAttention, a table of heads beside a `config.json` (arXiv 2410.10819), are read too, and written by `export`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 FORMAT = "kvzip-head-scores/1"
+PATTERN = "full_attention_heads.tsv"  # DuoAttention's name for it
+_PROVENANCE = ("model", "model_id", "revision", "data", "date")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,27 @@ class HeadScores:
         body = ",\n    ".join(json.dumps(row) for row in rows)
         Path(path).write_text(f'{head},\n  "scores": [\n    {body}\n  ]\n}}\n')
 
+    def export(self, folder: str | PathLike[str], *, sink_size: int = 128, recent_size: int = 256) -> None:
+        """Write a pattern as DuoAttention loads it: `full_attention_heads.tsv`, a layer a line, and `config.json`.
+
+        Args:
+            folder: made where it is not there.
+            sink_size, recent_size: first and latest tokens that its streaming heads keep.
+
+        Raises:
+            ValueError: scores outside of [0, 1], which DuoAttention would cut off, or a negative size.
+        """
+        lowest, highest = (float(one) for one in self.tensor.aminmax())
+        if lowest < 0 or highest > 1:
+            raise ValueError(f"head scores are from {lowest:g} to {highest:g}; a DuoAttention pattern has 0 to 1")
+        if min(sink_size, recent_size) < 0:
+            raise ValueError(f"sink_size and recent_size must be 0 or more tokens, got {sink_size} and {recent_size}")
+        config = {"sink_size": sink_size, "recent_size": recent_size}
+        config |= {name: getattr(self, name) for name in _PROVENANCE}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        np.savetxt(Path(folder) / PATTERN, np.array(self.scores), fmt="%.6g", delimiter="\t")
+        (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
 
 def _rounded(scores: Tensor) -> list[list[float]]:
     """Six significant digits: readable, and no ties that were none."""
@@ -97,7 +122,9 @@ def available() -> list[str]:
 
 
 def load(source: str | PathLike[str] | Sequence[str | PathLike[str]]) -> HeadScores:
-    """Load by shipped name or by path (`.json`, or the reference's `.pt` tensors); several are merged by maximum.
+    """Load by shipped name or by path; several are merged by maximum.
+
+    Paths are of `.json` files, of the reference's `.pt` tensors, or of DuoAttention's `.tsv` tables.
 
     Raises:
         ValueError: unknown name, missing file, wrong format, or files of different models.
@@ -117,7 +144,7 @@ def load(source: str | PathLike[str] | Sequence[str | PathLike[str]]) -> HeadSco
         raise ValueError(f"no head scores {str(source)!r}: not a file, nor one of {names}{hint}")
     if path.suffix == ".pt":
         return _from_pt(path)
-    return _from_json(path)
+    return _from_pattern(path) if path.suffix == ".tsv" else _from_json(path)
 
 
 def _from_json(path: Traversable) -> HeadScores:
@@ -128,6 +155,18 @@ def _from_json(path: Traversable) -> HeadScores:
         return HeadScores(**facts)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a head-score file: {error}") from error
+
+
+def _from_pattern(path: Path) -> HeadScores:
+    beside = path.with_name("config.json")
+    try:
+        scores = np.loadtxt(path, delimiter="\t", ndmin=2)
+        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        facts = {name: str(config[name]) for name in _PROVENANCE if name in config}
+        # Trained values may leave the range by a little; DuoAttention cuts them off as well.
+        return HeadScores(scores.clip(0, 1).tolist(), **{"data": path.name, **facts})
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a DuoAttention pattern: {error}") from error
 
 
 def _from_pt(path: Path) -> HeadScores:

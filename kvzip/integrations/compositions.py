@@ -58,9 +58,9 @@ class ComposedPress(BasePress):
         """All steps in order."""
         return [step for one in self.presses for step in one.steps()]
 
-    def decoding(self) -> Decoding | None:
+    def while_decoding(self) -> Decoding | None:
         """That of the one that has any."""
-        found = [how for how in (one.decoding() for one in self.presses) if how is not None]
+        found = [how for how in (one.while_decoding() for one in self.presses) if how is not None]
         if len(found) > 1:
             raise ValueError(f"only one press can compress while decoding, got {len(found)}")
         return found[0] if found else None
@@ -156,7 +156,7 @@ class DecodingPress(BasePress):
         """Score the context and keep all of it."""
         return [Step(self.base_press.scorers())]
 
-    def decoding(self) -> Decoding:
+    def while_decoding(self) -> Decoding:
         """To so many tokens, every so often."""
         scorers, level = self.base_press.scorers(), self.base_press.level()
         rescore = level == "pair-uniform" and not any(isinstance(one, PrefillScorer) for one in scorers)
@@ -170,9 +170,9 @@ class CAMPress(DecodingPress):
 
     merge_budget: int = 32
 
-    def decoding(self) -> Decoding:
+    def while_decoding(self) -> Decoding:
         """The same, with its own level: heads share what they keep."""
-        return replace(super().decoding(), merge=CaM(self.merge_budget), level=None)
+        return replace(super().while_decoding(), merge=CaM(self.merge_budget), level=None)
 
 
 @dataclass
@@ -195,9 +195,9 @@ class CompressionRatioDecodingPress(BasePress):
         """Score the context and keep all of it."""
         return [Step(self.base_press.scorers())]
 
-    def decoding(self) -> Decoding:
+    def while_decoding(self) -> Decoding:
         """To such a fraction, every so often."""
-        same = DecodingPress(self.base_press, self.compression_interval).decoding()
+        same = DecodingPress(self.base_press, self.compression_interval).while_decoding()
         return replace(same, tokens=None, ratio=kept(self.target_compression_ratio))
 
 
@@ -212,6 +212,6 @@ class PrefillDecodingPress(BasePress):
         """Those of both."""
         return [step for one in (self.prefilling_press, self.decoding_press) if one is not None for step in one.steps()]
 
-    def decoding(self) -> Decoding | None:
+    def while_decoding(self) -> Decoding | None:
         """That of the second."""
-        return None if self.decoding_press is None else self.decoding_press.decoding()
+        return None if self.decoding_press is None else self.decoding_press.while_decoding()

@@ -88,7 +88,7 @@ class BasePress(ABC):
     def steps(self) -> list[Step]:
         """What is done to the context, in order; nothing where nothing is removed."""
 
-    def decoding(self) -> Decoding | None:
+    def while_decoding(self) -> Decoding | None:
         """How answers are compressed while they are decoded; None = not at all."""
         return None
 
@@ -154,7 +154,7 @@ class Compression:
         Raises:
             ValueError: settings of the press or an architecture that cannot be used, and why.
         """
-        if self.press.decoding() is not None:
+        if self.press.while_decoding() is not None:
             raise ValueError(
                 f"{type(self.press).__name__} compresses while decoding, which is not in this block's hands: use the "
                 "pipeline, or ModelKVzip.generate(..., compress=...)"

@@ -45,6 +45,7 @@ from kvzip.kvcache.levels.kvcompose import KVCompose
 from kvzip.kvcache.levels.lu_kv import LUKV
 from kvzip.kvcache.levels.pyramid import Pyramid
 from kvzip.kvcache.levels.window_threshold import WindowThreshold
+from kvzip.model import Decoding
 from kvzip.scoring import Scorer, get_scorer
 
 __all__ = [
@@ -71,6 +72,20 @@ def _share_of_heads(press: Any, kv: KVCache) -> float:
     level = press.level()
     window = min(1.0, (level.sink_size + level.recent_size) / kv.context_length)
     return window + kept(press.head_compression_ratio) * (1 - window)
+
+
+def _beside_learned_tokens(press: Any, kv: KVCache) -> float:
+    """The learned tokens' places are taken from what is kept of the context before them."""
+    (scorer,), share = press.scorers(), kept(press.compression_ratio)
+    return share * (1 - len(scorer.embeddings) / kv.context_length) if share < 1 else share
+
+
+def _by_threshold(press: Any) -> Decoding | None:
+    """DMS while decoding; looking every so often lets a pair live a little longer than looking after every token."""
+    if not press.decoding:
+        return None
+    every, window = press.compression_interval, press.sliding_window_size
+    return Decoding(press.scorers(), every, threshold=press.threshold, window=window)
 
 
 _CRITICAL = {"epsilon": 1e-4, "first_stage_ratio": 0.5}
@@ -111,6 +126,9 @@ PRESSES: dict[str, Row] = {
     "PyramidKVPress": Row("pyramidkv", lambda it: Pyramid(it.beta, it.window_size)),
     "QFilterPress": Row("qfilter"),
     "RandomPress": Row("random"),
+    "RestoreKVPress": Row(
+        "restorekv", "pair", {"compression_ratio": 0.0}, variants=[_BY_LAYER], ratio=_beside_learned_tokens
+    ),
     "SimLayerKVPress": Row("simlayerkv", None, {"lazy_threshold": 1.0}, threshold=lambda it: -it.lazy_threshold),
     "SnapKVPress": Row("snapkv"),
     "StreamingLLMPress": Row("streaming_llm"),
@@ -132,8 +150,9 @@ PRESSES: dict[str, Row] = {
     "DMSPress": Row(
         None,
         lambda it: WindowThreshold(it.sliding_window_size),
-        {"threshold": None, "sliding_window_size": 128},
+        {"threshold": None, "sliding_window_size": 128, "decoding": False, "compression_interval": 32},
         threshold=lambda it: it.threshold,
+        decoding=_by_threshold,  # kvpress has no interval: it looks after every token
     ),
     "EntropyGatedChunkKVPress": Row(
         None,

@@ -174,7 +174,10 @@ class KVzipLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Refuse: there is no context apart from what is scored."""
-        raise NotImplementedError("kvzip compresses a context in front of a question: a rolling likelihood has none")
+        raise ValueError(
+            "kvzip compresses a context in front of a question, which a rolling likelihood has not: choose tasks of "
+            "output_type generate_until, loglikelihood or multiple_choice"
+        )
 
     # -- the model ---------------------------------------------------------------------------------------------------
 

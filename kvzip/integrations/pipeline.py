@@ -109,7 +109,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         cache: DynamicCache | None = None,
         **kwargs: Any,
     ) -> list[Tensor]:
-        steps, compress = ([], None) if press is None else (press.steps(), press.decoding())
+        steps, compress = ([], None) if press is None else (press.steps(), press.while_decoding())
         scorers, questions = scorers_of(steps), inputs["questions"]
         query = None
         if any(isinstance(one, Finch) for one in scorers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from kvzip.integrations.compression import BasePress, Step, kept
 from kvzip.kvcache import KVCache, Level
+from kvzip.model import Decoding
 from kvzip.scoring import Scorer, get_scorer
 from kvzip.scoring.methods.pikv import PiKV
 
@@ -28,6 +30,7 @@ class Row(NamedTuple):
         ratio: (press, kv) -> fraction KEPT, where it is no `compression_ratio` that says it.
         remembers: the scorer counts what it does.
         then: press -> what is done to the kv afterwards, or None.
+        decoding: press -> how answers are compressed while they are decoded, or None.
     """
 
     scorer: str | None
@@ -39,6 +42,7 @@ class Row(NamedTuple):
     ratio: Callable[[Any, KVCache], float] | None = None
     remembers: bool = False
     then: Callable[[Any], Callable[[KVCache], object] | None] | None = None
+    decoding: Callable[[Any], Decoding | None] | None = None
 
 
 class ScorerPress(BasePress):
@@ -50,13 +54,13 @@ class ScorerPress(BasePress):
 
     compression_ratio: float
 
+    @abstractmethod
     def scorers(self) -> tuple[Scorer, ...]:
         """The scorer, and what the level needs beside it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def level(self) -> str | Level | None:
         """How the budget is spread; None where a threshold says all."""
-        raise NotImplementedError
 
     def steps(self) -> list[Step]:
         """Keep the best, as many as the ratio says."""
@@ -107,6 +111,10 @@ class TablePress(ScorerPress):
             return [Step(self.scorers(), self.level(), partial(self.row.ratio, self))]
         then = None if self.row.then is None else self.row.then(self)
         return [step._replace(then=then) for step in super().steps()]
+
+    def while_decoding(self) -> Decoding | None:
+        """See `BasePress`."""
+        return None if self.row.decoding is None else self.row.decoding(self)
 
     def _now(self) -> Row:
         row = self.row

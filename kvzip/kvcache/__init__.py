@@ -2,6 +2,7 @@
 
 from kvzip.kvcache.cache import KV_TYPES, KVCache, PruneResult
 from kvzip.kvcache.layer import ContextLayer
+from kvzip.kvcache.offload import brought_back, check_offload
 from kvzip.kvcache.owner import Fidelity, Seen
 from kvzip.kvcache.pruning import Scores, parse_bytes
 from kvzip.kvcache.selection import Level, Request, Selection, get_level, list_levels, select
@@ -25,7 +26,9 @@ __all__ = [
     "Seen",
     "Selection",
     "SlidingLayer",
+    "brought_back",
     "check_bits",
+    "check_offload",
     "format_bytes",
     "get_level",
     "list_levels",

@@ -16,6 +16,7 @@ from kvzip.attention import Focus, TailFocus
 from kvzip.kvcache import pruning
 from kvzip.kvcache.layer import ContextLayer
 from kvzip.kvcache.observer import Observer
+from kvzip.kvcache.offload import brought_back
 from kvzip.kvcache.owner import Fidelity, Owner
 from kvzip.kvcache.pruning import Scores
 from kvzip.kvcache.scored import ScoredContext
@@ -116,7 +117,7 @@ class KVCache(ScoredContext):
     def prune(
         self,
         ratio: float | str | None = None,
-        level: str | Level | None = None,
+        level: str | Level | Sequence[float] | None = None,
         *,
         tokens: int | None = None,
         nbytes: int | str | None = None,
@@ -135,7 +136,7 @@ class KVCache(ScoredContext):
             ratio: fraction kept of the original context, in (0, 1]; or "auto": the smallest, in steps of 0.01, whose
                 `fidelity` is within `tolerance` of that with nothing dropped, which takes 8 measurements at most.
             level: "pair" (one ranking over layers, heads and positions), "pair-uniform" (the same number per head),
-                "head" (whole heads), "adakv" ...: see `list_levels()`; None = `self.level`.
+                "head" (whole heads), a list of weights of layers, "adakv" ...: see `list_levels()`; None = `self.level`.
             tokens: in place of a ratio: tokens of the context that a head keeps on average.
             nbytes: in place of a ratio: what `nbytes` may be afterwards, 2048 or "1GiB".
             threshold: in place of ratio and level: keep the pairs with at least this score.
@@ -191,7 +192,8 @@ class KVCache(ScoredContext):
             ValueError: a kv that masks, keys that are quantised or lack channels, a model that does not rotate keys or
                 has sliding windows, or no model (see `owner`).
         """
-        rerotate(self)
+        with brought_back(self):
+            rerotate(self)
 
     def prune_channels(self, ratio: float, *, window: int = WINDOW) -> None:
         """Remove the channels of the stored keys, prefix included, that matter least (ThinK, arXiv 2407.21018).
@@ -207,7 +209,8 @@ class KVCache(ScoredContext):
             ValueError: a bad ratio or window, keys that are quantised, moved, or without all channels already, a model
                 with sliding windows, or no model (see `owner`).
         """
-        prune_channels(self, ratio, window)
+        with brought_back(self):
+            prune_channels(self, ratio, window)
 
     def _checked_bits(self, bits: int | None) -> int | None:
         if bits is not None and check_bits(bits) != self.bits and self.bits != FULL:
@@ -310,10 +313,10 @@ class KVCache(ScoredContext):
         """Return an independent kv that shares the immutable context store with this one; the tail is copied."""
         new = copy.copy(self)
         new.layers = [copy.copy(layer) for layer in self.layers]
-        new.scored = dict(self.scored)
-        new.model_id, new.pruned_with = dict(self.model_id), dict(self.pruned_with)
+        new.scored, new.model_id, new.pruned_with = dict(self.scored), dict(self.model_id), dict(self.pruned_with)
         for layer in new.layers:
             layer.copy_tail()
+        new.offload(self.offloaded)
         return new
 
     def become(self, other: KVCache) -> None:
@@ -322,10 +325,7 @@ class KVCache(ScoredContext):
 
     def to(self, device: torch.device | str | Sequence[torch.device | str]) -> KVCache:
         """Return this kv on `device`, or with one device a layer; `model.layer_devices` puts it where the model is."""
-        if isinstance(device, str | torch.device):
-            devices = [torch.device(device)] * len(self.layers)
-        else:
-            devices = [torch.device(name) for name in device]
+        devices = [device] * len(self.layers) if isinstance(device, str | torch.device) else list(device)
         if len(devices) != len(self.layers):
             raise ValueError(f"got {len(devices)} devices for {len(self.layers)} layers")
         moved = self.clone()

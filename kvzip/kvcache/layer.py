@@ -11,17 +11,19 @@ from kvzip.attention import Backend, Focus, KVStates, LogicalLength, Padding, Ra
 from kvzip.kvcache import packing
 from kvzip.kvcache.layout import KeyLayout
 from kvzip.kvcache.observer import Observer
+from kvzip.kvcache.offload import Offloadable
 from kvzip.kvcache.store import FULL, appended, evicted, quantized, turned_back
 from kvzip.kvcache.tail import Tail, cloned
 from kvzip.kvcache.transforms.channels import attend_narrow
 from kvzip.kvcache.transforms.merging import Merging
 
 
-class ContextLayer(CacheLayerMixin, KVStates):
+class ContextLayer(CacheLayerMixin, KVStates, Offloadable):
     """Keys and values of one layer; returned by `update` in place of tensors.
 
     Before `seal` every token goes to the tail, which is reserved for the whole context; `seal` turns the tail into
-    the context store without a copy. Afterwards the store is never written again, only replaced by `prune`.
+    the context store without a copy. Afterwards the store is never written again, only replaced by `prune`. It may be
+    kept in host memory, see `Offloadable`; what changes it is done there.
 
     Attributes:
         context: the stored context, or None before `seal`.
@@ -46,8 +48,6 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.hybrid = hybrid
         self.backend = backend
         self.sliding_window = sliding_window
-        self.context: RaggedKV | None = None
-        self.keep_mask: Tensor | None = None
         self.layout = KeyLayout()
         self.prefix_length = 0
         self.context_length = 0
@@ -138,31 +138,21 @@ class ContextLayer(CacheLayerMixin, KVStates):
         if self.layout.channels is not None:
             assert self.focus is None, "whoever scores asks for the keys first, and is refused"
             output, lse = attend_narrow(
-                self.backend.block, self.layout.channels, query, self.store, tail, scaling=scaling, softcap=softcap,
+                self.backend.block, self.layout.channels, query, self.at_hand, tail, scaling=scaling, softcap=softcap,
                 sinks=sinks,
             )  # fmt: skip
         elif self.focus is None:
-            output, lse = self.backend.attend(query, self.context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
+            context = None if self.context is None else self.at_hand
+            output, lse = self.backend.attend(query, context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
         else:
             output, lse = attend_focused(
-                self.backend.block, query, self.store, tail, self.focus, scaling=scaling, softcap=softcap, sinks=sinks
+                self.backend.block, query, self.at_hand, tail, self.focus, scaling=scaling, softcap=softcap, sinks=sinks
             )
         if self.observer is not None:
             self.observer(self, module, query, lse, scaling, softcap)
         return output
 
     # -- what the cache calls ----------------------------------------------------------------------------------------
-
-    @property
-    def store(self) -> RaggedKV:
-        """The stored context.
-
-        Raises:
-            ValueError: there is none yet.
-        """
-        if self.context is None:
-            raise ValueError("this kv holds no context yet: it comes from ModelKVzip.prefill")
-        return self.context
 
     @property
     def nbytes(self) -> int:
@@ -178,15 +168,17 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     @property
     def tail_nbytes(self) -> int:
-        """Bytes of tail buffers, masks and positions."""
+        """Bytes of tail buffers, masks, positions, and the copy that an offloaded store has on its device."""
         more = self.store.quantized
         masks = (self.keep_mask, self.store.mask, None if more is None else more.mask)
-        return self.tail.nbytes + self.layout.nbytes + sum(mask.nbytes for mask in masks if mask is not None)
+        beside = self.tail.nbytes + self.layout.nbytes + (0 if self.fetcher is None else self.fetcher.nbytes(self))
+        return beside + sum(mask.nbytes for mask in masks if mask is not None)
 
     @property
     def is_static(self) -> bool:
-        """Whether decoding steps can be captured: the length is known on the device alone, and there is no window."""
-        return self.backend.static and self.sliding_window is None and self.layout.channels is None
+        """Whether decoding steps can be captured: the device knows the length and has the store; there is no window."""
+        in_place = self.fetcher is None and self.sliding_window is None and self.layout.channels is None
+        return self.backend.static and in_place
 
     @property
     def is_masked(self) -> bool:
@@ -214,8 +206,8 @@ class ContextLayer(CacheLayerMixin, KVStates):
         keys, values = (states[0] for states in self.tail.states)
         if self.context is None:
             return keys, values
-        heads = len(self.store.lengths)
-        stored = (states.view(heads, self.sealed_length, -1) for states in (self.store.keys, self.store.values))
+        store = self.at_hand
+        stored = (states.view(len(store.lengths), self.sealed_length, -1) for states in (store.keys, store.values))
         keys, values = (torch.cat(pair, dim=1) for pair in zip(stored, (keys, values), strict=True))
         return keys, values
 
@@ -230,7 +222,8 @@ class ContextLayer(CacheLayerMixin, KVStates):
         prefix = torch.arange(self.prefix_length, device=self.store.keys.device)
         rows = self.store.cu_seqlens_k[:-1, None] + prefix
         keys, values = (states[0] for states in self.tail.states)
-        return torch.cat([self.store.keys[rows], keys], dim=1), torch.cat([self.store.values[rows], values], dim=1)
+        stored_keys, stored_values = (states[rows].to(keys.device) for states in (self.store.keys, self.store.values))
+        return torch.cat([stored_keys, keys], dim=1), torch.cat([stored_values, values], dim=1)
 
     def seal(self, prefix_length: int) -> None:
         """Turn the tail into the context store: `prefix_length` protected tokens, the rest is the context."""
@@ -241,9 +234,9 @@ class ContextLayer(CacheLayerMixin, KVStates):
 
     def absorb(self, count: int) -> None:
         """Make the first `count` tokens of the tail, of one sequence, a part of the context, in every head."""
-        keys, values = self.tail.take(count)
-        added = keys.shape[2]
-        self.context = appended(self.store, keys[0], values[0])
+        keys, values = (states[0].to(self.store.keys.device) for states in self.tail.take(count))
+        added = keys.shape[1]
+        self.put(appended(self.store, keys, values))
         if self.keep_mask is not None:
             self.keep_mask = torch.cat([self.keep_mask, self.keep_mask.new_ones(len(self.keep_mask), added)], dim=1)
         self.layout = self.layout.appended(self.context_end, added)
@@ -275,22 +268,25 @@ class ContextLayer(CacheLayerMixin, KVStates):
                 store = turned_back(self.store)
                 if merge is not None:
                     store = merge.into(store, rows[stored], self.prefix_length)
-                self.context = evicted(store, stored, rows)
+                self.put(evicted(store, stored, rows))
         if bits != self.bits:
             self.quantize(bits)
         self.keep_mask = keep
 
     def quantize(self, bits: int) -> None:
         """Quantise the store but for the prefix; 16 bits change nothing."""
-        self.context = quantized(self.store, self.prefix_length, bits)
+        if bits != FULL:
+            self.put(quantized(self.at_hand, self.prefix_length, bits))
 
     def mask_rows(self, keep: Tensor) -> None:
         """Attend only to what `keep` (num_key_value_heads, context_length) marks, of a store that holds everything."""
-        self.context = self.store.masked(None if bool(keep.all()) else self._with_prefix(keep))
+        self.put(self.store.masked(None if bool(keep.all()) else self._with_prefix(keep)))
 
     def compact(self) -> None:
-        """Give back the tail's memory where it is empty."""
+        """Give back the tail's memory where it is empty, and that of a copy of an offloaded store."""
         self.tail.compact()
+        if self.fetcher is not None:
+            self.fetcher.forget(self)
 
     def mark(self) -> Any:
         """What `release` needs to bring the layer back; until then nothing before it can be cropped."""
@@ -305,12 +301,13 @@ class ContextLayer(CacheLayerMixin, KVStates):
         self.tail = cloned(self.tail)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor by `function(tensor)`."""
-        self.context = self.store.apply(function)
-        self.keep_mask = None if self.keep_mask is None else function(self.keep_mask)
+        """Replace every tensor by `function(tensor)`, but for an offloaded store, which stays as it is."""
+        if self.fetcher is None:
+            self.context = self.store.apply(function)
+            self.keep_mask = None if self.keep_mask is None else function(self.keep_mask)
         self.layout = self.layout.apply(function)
         self.tail = self.tail.mapped(function)
-        self.device = self.store.keys.device
+        self.device = function(torch.empty(0, device=self.device)).device
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON facts from which `unpack` restores the layer; see `packing`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, NamedTuple
@@ -82,7 +83,7 @@ def choose(
     kv: KVCache,
     *,
     ratio: float | None,
-    level: str | Level | None,
+    level: str | Level | Sequence[float] | None,
     tokens: int | None,
     nbytes: int | str | None,
     threshold: float | None,
@@ -137,7 +138,7 @@ def choose(
 
 
 def choose_above(
-    scores: Tensor, threshold: float, level: str | Level | None, available: Tensor | None, scorer: str
+    scores: Tensor, threshold: float, level: str | Level | Sequence[float] | None, available: Tensor | None, scorer: str
 ) -> tuple[Selection, dict[str, str | float]]:
     """Choose what reaches `threshold`, and a recent window where the level is `window-threshold`.
 

@@ -6,7 +6,7 @@ lower index; `num_kept(ratio, n)` entries are kept per budget group.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import ClassVar, NamedTuple
@@ -85,13 +85,17 @@ _LEVELS: Registry[Level] = Registry("level", "kvzip.kvcache.levels")
 register = _LEVELS.register
 
 
-def get_level(level: str | Level) -> Level:
+def get_level(level: str | Level | Sequence[float]) -> Level:
     """Return a level by name, perhaps with settings ("adakv(alpha=0.3)"), or the given object itself.
+
+    A list of numbers, one for each prunable layer, is short for `PerLayer`.
 
     Raises:
         ValueError: unknown name or setting; the message has the nearest ones.
     """
-    return level if isinstance(level, Level) else _LEVELS.make(level)
+    if isinstance(level, list | tuple):
+        return _LEVELS["per-layer"](ratios=tuple(level))  # type: ignore[call-arg]
+    return level if isinstance(level, Level) else _LEVELS.make(level)  # type: ignore[arg-type]
 
 
 def list_levels() -> tuple[str, ...]:

@@ -53,6 +53,7 @@ def save(kv: KVCache, path: str | os.PathLike[str]) -> None:
         "level": str(kv.level),  # a level with settings is written as users write it
         "scorers": list(kv.scorers),
         "pruned_with": kv.pruned_with,
+        "offload": kv.offloaded,
         "layers": layers,
     }
     header["sha256"] = _digest(header, tensors)
@@ -99,6 +100,7 @@ def _fill(kv: KVCache, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
         if facts["kind"] != layer.kind:
             raise ValueError(f"layer {index} is a {facts['kind']} layer, in this model a {layer.kind} layer")
         layer.unpack(own, facts)
+    kv.offload(header.get("offload"))
     kv.input_ids = tensors["input_ids"]
     kv.head_scores = tensors.get("head_scores")
     for name in header["scorers"]:

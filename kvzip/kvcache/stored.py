@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvzip.kvcache.layer import ContextLayer
+from kvzip.kvcache.offload import move_stores
 from kvzip.kvcache.sliding import SlidingLayer
 from kvzip.kvcache.store import nbytes_of
 
@@ -105,6 +106,29 @@ class StoredContext(Cache):
     def bits(self) -> int:
         """Of a stored number: 16 in the model's own precision, else 8 or 4."""
         return self.context_layers[0].bits
+
+    @property
+    def offloaded(self) -> str | None:
+        """Where the store is beside the devices: "cpu" where it is kept in host memory, else None."""
+        return "cpu" if any(layer.fetcher is not None for layer in self.context_layers) else None
+
+    def offload(self, where: str | None = "cpu") -> None:  # type: ignore[override]
+        """Keep the context store in host memory, for a cache that does not fit; None brings it back to the devices.
+
+        For attention each layer's store is brought to its device while the layer before it computes: two are there at a
+        time. Host memory is pinned where CUDA is available. A layer that computes on a CPU reads the store as it is.
+        The tail and the windows of sliding layers stay where they are, and `nbytes` is what it was.
+
+        Questions, alone or in a batch, and kept turns only read the store. `prune` of either kv_type and `extend`
+        change it in host memory, `quantize` each layer by itself on its device. `clone`, `to` and files that `save`
+        writes have it offloaded too, and `model.load_kv` leaves it in host memory. `rerotate`, `prune_channels` and
+        `model.score` need all of it on the devices and have it there as long as they take. No decoding step is
+        captured as a CUDA graph.
+
+        Raises:
+            ValueError: neither "cpu" nor None, or a kv without a context. The kv is unchanged.
+        """
+        move_stores(self, where)
 
     @property
     def full_nbytes(self) -> int:

@@ -36,7 +36,8 @@ def describe(kv: KVCache) -> str:
         f"KVCache of {kv.context_length:,} context tokens (prefix {kv.prefix_length}{turns}), "
         f"kv_type={kv.kv_type!r}, scored by: {scored}",
         f"kept {kv.ratio:.1%}: {format_bytes(kv.full_nbytes)} -> {format_bytes(kv.nbytes)}"
-        + (" (masked, still stored)" if kv.kv_type == "retain" and kv.is_pruned else ""),
+        + (" (masked, still stored)" if kv.kv_type == "retain" and kv.is_pruned else "")
+        + (", kept in host memory (offload='cpu')" if kv.offloaded else ""),
     ]
     keys = kv.context_layers[0].layout
     if keys.shift:

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvzip.attention import Focus, TailFocus
 from kvzip.kvcache import ContextLayer, KVCache, Scores, parse_bytes
 from kvzip.kvcache.store import FULL
-from kvzip.model import passes
+from kvzip.model import passes, restoring
 from kvzip.model.checks import check_positions, check_vocabulary
 from kvzip.model.prompting import as_ids
 from kvzip.model.watching import Watch
@@ -68,6 +68,7 @@ def prefill(
     Raises:
         ValueError: an empty context, and what `read` raises.
     """
+    restoring.refuse_blocks(scorers)
     found = cut(pieces, model.encode, block)
     ids = next(found, None)
     if ids is None:
@@ -96,6 +97,7 @@ def extend(
     Raises:
         ValueError: nothing in them, and what `read` raises.
     """
+    restoring.refuse_blocks(scorers)
     empty = True
     for ids in cut(pieces, model.encode, block):
         read(model, kv, ids, scorers, chunk_size)
@@ -166,7 +168,10 @@ def shown(model: ModelKVzip, kv: KVCache, ids: Sequence[int]) -> ScoringContext:
         passes.replay(model.model, kv, model.modules, ids, on_attention, focus=inside, **options)
 
     def no_gradients(ids: Sequence[int]) -> Tensor:
-        raise ValueError("a method that needs gradients scores whole contexts, not blocks: leave the budget out")
+        raise ValueError(
+            "a method that needs gradients scores a whole context at once, not what joins one: block by block, by "
+            "extend or while decoding"
+        )
 
     gone = kv.context_end - prefix
     return ScoringContext(

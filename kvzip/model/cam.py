@@ -36,7 +36,7 @@ class AttentionSums:
         self.kv, self.cam = kv, cam
         self.generator = torch.Generator().manual_seed(cam.seed)
         self.sums = [
-            torch.zeros(len(one.store.lengths), one.store.lengths[0] + one.tail_length, device=one.store.keys.device)
+            torch.zeros(len(one.store.lengths), one.store.lengths[0] + one.tail_length, device=one.device)
             for one in kv.context_layers
         ]
 
@@ -48,7 +48,7 @@ class AttentionSums:
             layer: ContextLayer, module: nn.Module, query: Tensor, lse: Tensor, scaling: float, softcap: float | None
         ) -> None:
             heads, q_len = len(layer.store.lengths), query.shape[2]
-            stored, tail = layer.store.keys.unflatten(0, (heads, -1)), layer.tail.states[0][0]
+            stored, tail = layer.at_hand.keys.unflatten(0, (heads, -1)), layer.tail.states[0][0]
             received = [
                 column_sums(query[0], keys, lse[0], scaling, softcap, offset=offset).unflatten(0, (heads, -1)).sum(1)
                 for keys, offset in ((stored, None), (tail, tail.shape[1] - q_len))
@@ -68,10 +68,10 @@ class AttentionSums:
         kv, first = self.kv, self.kv.prefix_length
         scores = kv.scores.mean(1)
         for row, (layer, now) in enumerate(zip(kv.context_layers, kv.keep_mask[:, 0], strict=True)):
-            store, device = layer.store, layer.store.values.device
+            store, device = layer.at_hand, layer.device
             stays, ranked = keep[row, 0, now].to(device), scores[row, now].to(device)
             values = store.values.unflatten(0, (len(store.lengths), -1))
             sums, end = self.sums[row], values.shape[1]
             merged = self.cam.merged(values[:, first:], sums[:, first:end], ranked, stays, most, self.generator)
-            layer.context = replace(store, values=torch.cat([values[:, :first], merged], dim=1).flatten(0, 1))
+            layer.put(replace(store, values=torch.cat([values[:, :first], merged], dim=1).flatten(0, 1)))
             self.sums[row] = torch.cat([sums[:, :first], sums[:, first:end][:, stays], sums[:, end:]], dim=1)

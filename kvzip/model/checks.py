@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvzip.kvcache import KV_TYPES, KVCache
 from kvzip.scoring import Scorer, get_scorer
+from kvzip.scoring.methods.restorekv import RestoreKV
 
 if TYPE_CHECKING:
     from kvzip.model.model import ModelKVzip
@@ -47,6 +48,22 @@ def check_kv(model: ModelKVzip, kv: KVCache, num_ids: int = 0) -> None:
             "past_key_values; do that inside `with kv.scratch():`, or crop what was appended"
         )
     check_positions(model, kv.get_seq_length() + num_ids)
+
+
+def check_whole(kv: KVCache) -> None:
+    """Raise ValueError where `kv` has not its whole context as the prefill made it, or something after it."""
+    layout = kv.context_layers[0].layout
+    if kv.tail_length:
+        state = f"{kv.tail_length} tokens of kept turns"
+    elif layout.channels is not None:
+        state = f"{layout.channels.shape[1]} of {layout.width} channels of its keys left (prune_channels)"
+    elif RestoreKV.name in kv.scorers:
+        state = f"learned tokens of {RestoreKV.name!r}, which no pass over its ids makes again"
+    elif kv.nbytes < kv.full_nbytes:
+        state = f"a ratio of {kv.ratio:.3f} left, {kv.bits} bits a number"
+    else:
+        return
+    raise ValueError(f"scoring needs the whole context and nothing after it, this kv has {state}")
 
 
 def check_positions(model: ModelKVzip, length: int) -> None:

@@ -157,7 +157,8 @@ class _Step:
 
     def __init__(self, model: PreTrainedModel, kv: KVCache, batch: int, at: Tensor, capacity: int | None) -> None:
         self.model, self.kv, self.capacity = model, kv, capacity
-        self.captured = capacity is not None and at.is_cuda
+        # Copies of an offloaded store are begun and waited for by the host, layer by layer: no graph has that.
+        self.captured = capacity is not None and at.is_cuda and kv.offloaded is None
         self.positions = at
         self.tokens = torch.zeros((batch, 1), dtype=torch.int64, device=at.device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -244,8 +245,9 @@ class _Step:
 def _is_static(model: PreTrainedModel, kv: KVCache, device: torch.device) -> bool:
     """Whether a step can be captured.
 
-    Sliding windows move, the kernel has to read lengths on the device, and a model that makes its positions from the
-    cache's length instead of taking them would have the same ones in every step.
+    Sliding windows move, the kernel has to read lengths on the device, copies of an offloaded store are begun by the
+    host, and a model that makes its positions from the cache's length instead of taking them would have the same ones
+    in every step.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvzip import head_scores
 from kvzip.attention import restore as restore_attention
-from kvzip.kvcache import Fidelity, KVCache, Seen, check_bits
-from kvzip.model import blocks, calibration, fidelity, generation, loading, passes, seen
-from kvzip.model.checks import check_kv, check_kv_type, check_positions, check_scorers, check_vocabulary
+from kvzip.kvcache import Fidelity, KVCache, Seen, brought_back, check_bits, check_offload
+from kvzip.model import blocks, calibration, fidelity, generation, loading, passes, restoring, seen
+from kvzip.model.checks import check_kv, check_kv_type, check_positions, check_scorers, check_vocabulary, check_whole
 from kvzip.model.compressing import Decoding
 from kvzip.model.probe import make_layers
 from kvzip.model.prompting import INSTRUCTION, Query, as_ids, is_batch, is_messages
@@ -105,6 +105,7 @@ class ModelKVzip(WrappedModel):
         budget_tokens: int | None = None,
         budget_nbytes: int | str | None = None,
         block: int = blocks.BLOCK,
+        offload: str | None = None,
     ) -> KVCache:
         """Run the context through the model once and score its KV pairs.
 
@@ -125,15 +126,17 @@ class ModelKVzip(WrappedModel):
                 with it; it is not kept. The cache is then made for this question.
             budget_tokens, budget_nbytes: prune to so many tokens a head on average, or bytes ("1GiB"), while reading.
             block: tokens of a block.
+            offload: "cpu" keeps what was read in host memory, see `kv.offload`. To hold no more than a block of it on
+                the devices while reading, give the context in pieces: [text].
 
         Returns:
             The kv, unpruned unless there is a budget.
 
         Raises:
-            ValueError: empty context, context longer than the model's positions, unknown scorer or kv_type, head scores
-                that do not fit.
+            ValueError: empty context, context longer than the model's positions, unknown scorer, kv_type or offload,
+                head scores that do not fit.
         """
-        kv_type = check_kv_type(kv_type or self.kv_type)
+        kv_type, offload = check_kv_type(kv_type or self.kv_type), check_offload(offload)
         if prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1 token, got {prefill_chunk_size}")
         scorers = check_scorers(None if load_score else scorer)
@@ -144,7 +147,7 @@ class ModelKVzip(WrappedModel):
                 raise ValueError("a context in blocks takes neither load_score nor query")
             first = partial(
                 self.prefill, scorer=scorers or None, kv_type=kv_type, prefill_chunk_size=prefill_chunk_size,
-                instruction=instruction, prefix_ids=prefix_ids,
+                instruction=instruction, prefix_ids=prefix_ids, offload=offload,
             )  # fmt: skip
             pieces: Any = context if in_pieces else [context]
             return blocks.prefill(self, pieces, first, scorers, budget, block, prefill_chunk_size)
@@ -152,9 +155,8 @@ class ModelKVzip(WrappedModel):
         if isinstance(context, str):
             context = self.encode(context) if context.strip() else []
         context_ids = check_vocabulary(self, as_ids(context, "context"))  # type: ignore[arg-type]
-        prefix = check_vocabulary(
-            self, self.prompting.prefix_ids(instruction) if prefix_ids is None else list(prefix_ids)
-        )
+        prefix = self.prompting.prefix_ids(instruction) if prefix_ids is None else list(prefix_ids)
+        prefix = check_vocabulary(self, prefix)
         length = len(prefix) + len(context_ids)
         kv = self._empty_kv(kv_type, length + ANSWER_ROOM)
         query_ids = [] if query is None else check_vocabulary(self, self.apply_template(query))
@@ -167,6 +169,7 @@ class ModelKVzip(WrappedModel):
         kv.level = scorers[0].level if scorers else kv.level
         if loaded is not None:
             kv.set_head_scores(loaded.tensor)
+        kv.offload(offload)
         return kv
 
     def extend(
@@ -206,14 +209,11 @@ class ModelKVzip(WrappedModel):
         Methods that watch the prefill cost another one.
 
         Raises:
-            ValueError: unknown scorer, a kv of another model, with evicted pairs, or with kept turns.
+            ValueError: unknown scorer, a kv of another model, that is not whole any more, or with kept turns.
         """
         scorers = check_scorers(scorer)
         check_kv(self, kv)
-        if kv.nbytes < kv.full_nbytes or kv.tail_length:
-            state = f"a ratio of {kv.ratio:.3f} left, {kv.bits} bits a number"
-            state = f"{kv.tail_length} tokens of kept turns" if kv.tail_length else state
-            raise ValueError(f"scoring needs the whole context and nothing after it, this kv has {state}")
+        check_whole(kv)
         notes: Mapping[str, list[Notes]] = {}
         if any(isinstance(one, PrefillScorer) for one in scorers):
             again = self._empty_kv(kv.kv_type, kv.sealed_length + ANSWER_ROOM)
@@ -222,7 +222,7 @@ class ModelKVzip(WrappedModel):
                 modules=self._seams.modules, scorers=scorers,
             )  # fmt: skip
             del again
-        with kv.unmasked():
+        with brought_back(kv):
             self._score(kv, scorers, notes)
 
     def fidelity(self, kv: KVCache, *, chunks: int | None = None, seed: int = 0) -> Fidelity:
@@ -240,8 +240,11 @@ class ModelKVzip(WrappedModel):
         return seen.look(self, kv, ids)
 
     def _score(self, kv: KVCache, scorers: Sequence[Scorer], notes: Mapping[str, list[Notes]]) -> None:
-        seen = passes.scoring_context(self.model, kv, self._seams.modules, self.prompting, self.max_positions)
-        passes.score(kv, scorers, seen, notes)
+        restoring.check(self, kv, scorers)
+        with kv.unmasked():
+            seen = passes.scoring_context(self.model, kv, self._seams.modules, self.prompting, self.max_positions)
+            passes.score(kv, scorers, seen, notes)
+        restoring.append(self, kv, scorers)
 
     def generate(
         self,
@@ -315,7 +318,7 @@ class ModelKVzip(WrappedModel):
         return calibration.compute_head_scores(self, texts, data=data, scorer=scorer)
 
     def load_kv(self, path: str | PathLike[str]) -> KVCache:
-        """Load what `kv.save` wrote, on this model's devices.
+        """Load what `kv.save` wrote, on this model's devices; an offloaded kv's store stays in host memory.
 
         Raises:
             FileNotFoundError: no such file.
@@ -330,8 +333,6 @@ class ModelKVzip(WrappedModel):
         """Give the transformers model back with the attention it had before; this object is of no use afterwards."""
         restore_attention(self.model)
         return self.model
-
-    # -- checks ------------------------------------------------------------------------------------------------------
 
     def _empty_kv(self, kv_type: str, needed: int) -> KVCache:
         kv = KVCache(make_layers(self.model, self._backend, needed), kv_type=kv_type, model_id=self.model_id)

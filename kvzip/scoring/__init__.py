@@ -11,7 +11,7 @@ from kvzip.scoring.base import (
     Scorer,
     ScoringContext,
 )
-from kvzip.scoring.registry import ScorerInfo, get_scorer, list_scorers, register
+from kvzip.scoring.registry import ScorerInfo, get_scorer, list_scorers, named_scorers, register
 
 __all__ = [
     "AttentionCall",
@@ -26,5 +26,6 @@ __all__ = [
     "ScoringContext",
     "get_scorer",
     "list_scorers",
+    "named_scorers",
     "register",
 ]

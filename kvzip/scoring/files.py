@@ -132,6 +132,7 @@ class FileScorer(Scorer):
     """
 
     shapes: ClassVar[Mapping[str, Sequence[str]]] = {}
+    by_layer: ClassVar[bool] = True  # tensors have a row a prunable layer, or its number in their names
     needs: ClassVar[str] = "a file of weights made for the model"
 
     path: str | PathLike[str] | None = None
@@ -173,6 +174,11 @@ class FileScorer(Scorer):
             self.file.check_model(context.model_id.get("weights", ""))
         self.check_file({"layers": layers, "heads": heads, "head_dim": context.layers[0].all_keys.shape[-1]})
 
+    @classmethod
+    def released(cls, tensors: Mapping[str, Tensor], source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The file's tensors and settings, of the `tensors` of a release and what lies beside its file `source`."""
+        return dict(tensors), {}
+
 
 def convert(
     method: str,
@@ -192,6 +198,8 @@ def convert(
     | `fastkvzip` | the `.pt` file of a Fast KVzip release |
     | `expected_attention_stats` | `model.safetensors` of released statistics |
     | `duo_attention` | `full_attention_heads.tsv` of DuoAttention; `config.json` beside it is read too |
+    | `restorekv` | `adapter_model.safetensors` of a RestoreKV release; `adapter_config.json` and
+      `restore_embeddings.safetensors` beside it are read too |
 
     Args:
         method: name of the scorer.
@@ -222,10 +230,10 @@ def convert(
         tensors = {_renamed(name): tensor.float() for name, tensor in read[source.suffix](source).items()}
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{source} cannot be read as plain tensors: {error}") from error
-    beside, settings = source.with_name("config.json"), {}
-    if source.suffix == ".tsv" and beside.is_file():
-        settings = {name: size for name, size in json.loads(beside.read_text()).items() if name.endswith("_size")}
+    tensors, settings = reader.released(tensors, source)
     if layers is not None:
+        if not reader.by_layer:
+            raise ValueError(f"weights of {method!r} are not by layer: layers={list(layers)} cannot be picked")
         tensors = dict(_only_layers(tensors, layers))
     file = ScorerFile(method, tensors, model, model_id, settings, str(source))
     reader(weights=file.tensors)  # it says what is wrong with them

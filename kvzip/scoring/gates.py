@@ -8,6 +8,7 @@ one per cent of the prefill. Wide products are done in the model's dtype, sums a
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,7 @@ from kvzip.scoring.files import HOW, LAYER_NAME, FileScorer
 ROWS = 4096  # tokens scored at a time, which bounds the float32 copies
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, ABC):
     """hidden states (n, hidden_size) -> log scores (num_key_value_heads, n) float32.
 
     Attributes:
@@ -36,9 +37,9 @@ class Gate(nn.Module):
     heads: int
 
     @classmethod
+    @abstractmethod
     def like(cls, state: Mapping[str, Tensor]) -> Gate:
         """An empty gate of the sizes of `state`."""
-        raise NotImplementedError
 
 
 class LinearGate(Gate):

@@ -1,6 +1,7 @@
 """Lines and results folders that are made up, for tests without a model."""
 
 import dataclasses
+import json
 
 from kvzip.evaluation.lines import Line
 from kvzip.evaluation.results import ResultsFile
@@ -12,6 +13,7 @@ SETTINGS = {
     "scorers": {"kvzip": "KVzip()"},
     "levels": {"pair": "Pair()"},
     "ratios": [0.5, 1.0],
+    "bits": [16],
     "head_scores": False,
     "start": 0,
     "seed": 42,
@@ -61,3 +63,14 @@ def write(folder, lines, shard=None, *, finished=True, settings=None, run=None):
         if finished:
             results.finish({})
     return results.path
+
+
+def forget_bits(folder):
+    """Take the bits out of all files of a folder, which may leave them out."""
+    for path in folder.glob("*.jsonl"):
+        found = [json.loads(text) for text in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({n: v for n, v in one.items() if n != "bits"}) + "\n" for one in found))
+    for path in folder.glob("*.json"):
+        state = json.loads(path.read_text())
+        del state["settings"]["bits"]
+        path.write_text(json.dumps(state))

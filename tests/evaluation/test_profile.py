@@ -167,6 +167,14 @@ def test_warming_up_leaves_no_trace_on_the_model(model, samples):
     assert not model.model._forward_hooks
 
 
+def test_bits_are_those_of_the_pruned_cache(model, samples, meter, caches):
+    found = profile_context(model, samples[0], Settings(ratio=0.06, bits=4, max_new_tokens=2), meter)
+    kv = caches[0].clone()
+    kv.prune(0.06, bits=4)
+    assert (found.full_nbytes, found.nbytes) == (kv.full_nbytes, kv.nbytes)
+    assert kv.nbytes < caches[1].nbytes
+
+
 # -- settings, sums and JSON -------------------------------------------------------------------------------------------
 
 
@@ -175,6 +183,7 @@ def test_warming_up_leaves_no_trace_on_the_model(model, samples):
     [
         ({"ratio": 0.0}, "ratio must be"),
         ({"level": "pear"}, "did you mean 'pair'"),
+        ({"bits": 3}, r"bits must be one of \(16, 8, 4\)"),
         ({"scorer": "kvzup"}, "did you mean 'kvzip'"),
         ({"kv_type": "evcit"}, "unknown kv_type 'evcit'"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),

@@ -1,6 +1,7 @@
 """A report says what the lines say, what is missing, and refuses what contradicts."""
 
 import csv
+import dataclasses
 import io
 import re
 
@@ -9,7 +10,7 @@ import pytest
 
 from kvzip.evaluation.merge import merge
 from kvzip.evaluation.page import page
-from kvzip.evaluation.plots import needle_figure, plots
+from kvzip.evaluation.plots import _score, needle_figure, plots
 from kvzip.evaluation.report import report
 from kvzip.evaluation.shards import Shard
 from kvzip.evaluation.summary import bootstrap, summarize
@@ -175,6 +176,42 @@ def test_markdown_has_a_row_a_curve():
     assert f"{points[0].score:.3f} {points[0].low:.2f}-{points[0].high:.2f}" in rows[2]
 
 
+def with_bits():
+    """Two scorers, of which one is there with two numbers of bits."""
+    return [*half_right(), *half_right(bits=4, kv_bytes=140), *half_right(scorer="random")]
+
+
+def test_curves_are_named_by_their_bits_where_there_are_several():
+    points = summarize(with_bits())
+    rows = [line.split(" | ") for line in markdown(points).splitlines() if line.startswith("|")][2:]
+    names = ["| kvzip, 16 bits", "| kvzip, 4 bits", "| random, 16 bits", "| KV cache, 16 bits", "| KV cache, 4 bits"]
+    assert [row[0] for row in rows] == names
+    assert (rows[3][1], rows[4][1]) == ("500 B", "140 B")
+    found = list(csv.DictReader(io.StringIO(comma_separated(points))))
+    assert [(row["scorer"], row["bits"], row["ratio"]) for row in found] == [
+        (scorer, bits, ratio)
+        for scorer, bits in (("kvzip", "16"), ("kvzip", "4"), ("random", "16"))
+        for ratio in ("0.5", "1.0")
+    ]
+
+
+def test_curves_of_different_bits_have_colours_of_their_own():
+    figure = _score(summarize(with_bits()))
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    assert set(lines) == {"kvzip, 16 bits", "kvzip, 4 bits", "random, 16 bits"}
+    assert len({line.get_color() for line in lines.values()}) == 3
+
+
+def test_sweeps_of_other_bits_are_merged_and_what_lacks_is_told(tmp_path):
+    made.write(tmp_path / "a", made.all_lines())
+    made.forget_bits(tmp_path / "a")
+    lines = [*made.all_lines(bits=8), *made.all_lines(bits=4)]
+    made.write(tmp_path / "b", lines[:-1], settings={"bits": [8, 4]})
+    results = merge([tmp_path / "a", tmp_path / "b"])
+    assert {point.curve for point in summarize(results.lines)} == {("kvzip", "pair", bits) for bits in (16, 8, 4)}
+    assert results.notes == [f"{tmp_path / 'b'}: facts lacks answers to 1 of 2 samples: 1"]
+
+
 @pytest.mark.parametrize("width", [30, 31, 40, 123, 200, 250])
 def test_terminal_tables_lose_no_number_however_narrow(width):
     ratios = [one / 20 for one in range(1, 21)]
@@ -217,6 +254,11 @@ def test_figures_are_drawn_for_every_dataset():
     both = {f"{kind}-{name}" for kind in ("score", "bytes", "decode") for name in ("facts", "kv_500")}
     assert set(drawn) == both | {"score-once", "bytes-once", "needle-facts-kvzip-pair"}
     assert all(plot.png.startswith(b"\x89PNG") for plot in drawn.values())
+    more = [*needles(), *(dataclasses.replace(one, bits=4) for one in needles())]
+    assert [plot.name for plot in plots(summarize(more), more)][-2:] == [
+        "needle-facts-kvzip-pair-16_bits",
+        "needle-facts-kvzip-pair-4_bits",
+    ]
 
 
 def test_the_page_holds_everything_itself(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvzip.evaluation.lines import Line, read_lines
+from kvzip.evaluation.lines import Cell, Line, read_lines
 from kvzip.evaluation.results import ResultsFile
 from kvzip.evaluation.shards import Shard
 from tests.evaluation import made
@@ -99,13 +99,25 @@ def test_nothing_is_written_twice(tmp_path):
 
 def test_what_is_complete_is_known(tmp_path):
     with ResultsFile(tmp_path, Shard(), made.SETTINGS, made.RUN) as results:
-        cell = ("kvzip", "pair", 0.5)
+        cell = Cell("kvzip", "pair", 0.5, 16)
         assert not results.is_complete("facts", 0, cell)
         results.append([made.line(0, 0)])
         assert not results.is_complete("facts", 0, cell)
         results.append([made.line(0, 1)])
         assert results.is_complete("facts", 0, cell)
-        assert not results.is_complete("facts", 0, ("kvzip", "pair", 1.0))
+        assert not results.is_complete("facts", 0, cell._replace(ratio=1.0))
+        assert not results.is_complete("facts", 0, cell._replace(bits=4))
+
+
+def test_files_without_bits_are_those_of_the_full_precision(tmp_path):
+    path = made.write(tmp_path, made.all_lines([0]))
+    made.forget_bits(tmp_path)
+    assert "bits" not in path.read_text() + path.with_suffix(".json").read_text()
+    assert read(path) == made.all_lines([0])
+    made.write(tmp_path, made.all_lines())
+    assert read(path) == made.all_lines()
+    with pytest.raises(ValueError, match=r"bits=\[16\], this run has \[16, 4\]"):
+        made.write(tmp_path, [], settings={"bits": [16, 4]})
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):

@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
 from kvzip import ModelKVzip, data
 from kvzip.data import registry
-from kvzip.evaluation.lines import read_lines
+from kvzip.evaluation.lines import Cell, read_lines
 from kvzip.evaluation.merge import merge
 from kvzip.evaluation.samples import Source
 from kvzip.evaluation.shards import Shard
 from kvzip.evaluation.sweep import HEAD_SCORES, Sweep, run
 from kvzip.scoring import get_scorer
+from tests.evaluation import made
 
 SMALL = Sweep(
     data="facts:60,kv:60",
@@ -79,11 +81,8 @@ def test_predictions_are_those_of_a_pruned_cache(model, whole):
     kv = model.prefill(record.context, scorer="random", kv_type="evict")
     kv.prune(0.3, "head")
     by_hand = [model.generate(question, kv=kv, max_new_tokens=6) for question in record.questions]
-    found = [
-        line
-        for line in merge([whole]).lines
-        if line.key[:2] == ("facts:60", 1) and line.key[3:] == ("random", "head", 0.3)
-    ]
+    cell = Cell("random", "head", 0.3, 16)
+    found = [line for line in merge([whole]).lines if line.key[:2] == ("facts:60", 1) and line.cell == cell]
     assert [line.prediction for line in found] == by_hand
     assert {line.kv_bytes for line in found} == {kv.nbytes}
 
@@ -116,6 +115,37 @@ def test_scorers_ride_on_one_prefill_a_context(model, tmp_path, monkeypatch):
         for scorer in sweep.scorers
     }
     assert predicted["random"] != predicted["random(seed=3)"]
+
+
+def test_bits_are_an_axis_of_the_same_prefill(model, tmp_path, monkeypatch):
+    sweep = Sweep("kv:60", ("kvzip", "random"), ("pair",), (0.3, 1.0), bits=(4, 16, 8), num=1, max_new_tokens=6)
+    (record,) = data.load("kv", num=1, tokens=60, count_tokens=model.tokenizer)
+    scored = model.prefill(record.context, scorer=["kvzip", "random"])
+    prefill, prefills = model.prefill, []
+    monkeypatch.setattr(model, "prefill", lambda *args, **options: prefills.append(args) or prefill(*args, **options))
+    run(model, sweep, tmp_path, quiet=True)
+    assert len(prefills) == 1
+    results = merge([tmp_path])
+    assert results.notes == []
+    assert len(sweep.cells) == 12
+    assert len(results.lines) == 12 * len(record.questions)
+    for cell in sweep.cells:
+        kv = scored.clone()
+        kv.prune(cell.ratio, cell.level, scorer=cell.scorer, bits=cell.bits)
+        found = [line for line in results.lines if line.cell == cell]
+        assert [line.prediction for line in found] == model.generate(record.questions, kv=kv, max_new_tokens=6)
+        assert {(line.bits, line.kv_bytes) for line in found} == {(kv.bits, kv.nbytes)}
+
+
+def test_results_without_bits_are_gone_on_with(model, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "copy")
+    made.forget_bits(folder)
+    (file,) = folder.glob("*.jsonl")
+    text = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(text[:-2]))
+    assert run(model, SMALL, folder, quiet=True) == 2
+    assert lines_in(folder) == lines_in(whole)
+    assert merge([folder]).notes == []
 
 
 @pytest.mark.parametrize("calls", [0, 1, 7])
@@ -172,6 +202,7 @@ def test_two_shards_are_the_single_run(model, whole, tmp_path):
     ("name", "value", "shown"),
     [
         ("ratios", (0.3,), r"ratios=\[0.3, 1.0\]"),
+        ("bits", (16, 4), r"bits=\[16\]"),
         ("scorers", ("kvzip",), "scorers="),
         ("levels", (), "levels="),
         ("seed", 1, "seed=42"),
@@ -194,7 +225,7 @@ def test_stored_head_scores_are_a_curve(model, tmp_path):
     sweep = Sweep("facts:60", (), ratios=(0.3, 1.0), num=1, head_scores=True, max_new_tokens=4)
     run(model, sweep, tmp_path, quiet=True)
     lines = merge([tmp_path]).lines
-    assert {line.key[3:] for line in lines} == {(HEAD_SCORES, "head", 0.3), (HEAD_SCORES, "head", 1.0)}
+    assert {line.cell for line in lines} == {(HEAD_SCORES, "head", 0.3, 16), (HEAD_SCORES, "head", 1.0, 16)}
     kv = model.prefill("Some text of a few tokens.", load_score=True)
     kv.prune(0.3)
     assert lines[0].kept == pytest.approx(kv.ratio)
@@ -230,8 +261,11 @@ def test_an_error_names_the_sample_and_keeps_what_was_computed(model, tmp_path, 
         ({"levels": ("pairs",)}, "did you mean 'pair"),
         ({"ratios": (0.5, 1.5)}, "got 1.5"),
         ({"ratios": (0.5, 0.5)}, "twice: 0.5, 0.5"),
-        ({"ratios": ()}, "at least one scorer and one ratio"),
-        ({"scorers": ()}, "at least one scorer and one ratio"),
+        ({"ratios": ()}, "at least one scorer, one ratio and one of bits"),
+        ({"scorers": ()}, "at least one scorer, one ratio and one of bits"),
+        ({"bits": ()}, "at least one scorer, one ratio and one of bits"),
+        ({"bits": (16, 3)}, r"bits must be one of \(16, 8, 4\), .* got 3"),
+        ({"bits": (8, 8)}, "bits has something twice: 8, 8"),
         ({"scorers": ("random", "random")}, "twice: random"),
         ({"num": 0}, "num must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),

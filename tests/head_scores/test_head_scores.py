@@ -6,10 +6,13 @@ import pickle
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from kvzip import HeadScores, ModelKVzip, head_scores
+from kvzip.scoring.files import convert
+from kvzip.scoring.methods.duo_attention import DuoAttention
 from tests.tiny import build, ids
 
 SCORES = [[0.5, 0.25], [1.0, 0.0], [0.125, 0.75], [0.3, 0.2]]
@@ -111,6 +114,47 @@ def test_the_references_tensors_load(tmp_path, dtype):
     loaded = head_scores.load(tmp_path / "heads.pt")
     assert torch.equal(loaded.tensor, torch.tensor(SCORES, dtype=dtype).float())
     assert loaded.data == "heads.pt"
+
+
+def test_a_pattern_is_what_duo_attention_loads(tmp_path):
+    """As its own loader reads it: a table with tabs, and two sizes; a scorer takes the same files."""
+    FULL.export(tmp_path / "new" / "pattern", sink_size=2, recent_size=3)
+    table = tmp_path / "new" / "pattern" / "full_attention_heads.tsv"
+    assert np.loadtxt(table, dtype=float, delimiter="\t").tolist() == SCORES
+    config = json.loads(table.with_name("config.json").read_text())
+    assert (config["sink_size"], config["recent_size"]) == (2, 3)
+    assert head_scores.load(table) == FULL
+    convert("duo_attention", table, tmp_path / "file")
+    kv = model().prefill(ids(20), scorer=DuoAttention(path=tmp_path / "file"))
+    torch.testing.assert_close(kv.scores[..., 0], FULL.tensor)
+    assert kv.level == "duo(sink_size=2, recent_size=3)"
+
+
+def test_a_trained_pattern_is_read(tmp_path):
+    """Values a little out of range, a config of its own, or none."""
+    path = tmp_path / "full_attention_heads.tsv"
+    path.write_text("0.9\t-0.01\n" * 3 + "1.2\t0.5\n")
+    assert head_scores.load(path).scores == [[0.9, 0.0]] * 3 + [[1.0, 0.5]]
+    (tmp_path / "config.json").write_text('{"sink_size": 64, "lr": 0.02, "model_name": "some"}')
+    assert head_scores.load(path).data == "full_attention_heads.tsv"
+    assert model().prefill(ids(20), load_score=str(path)).head_scores.tolist()[3] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("content", ["", "a\tb\n", "0.1\t0.2\n0.3\n", "nan\t1\n"])
+@pytest.mark.filterwarnings("ignore:loadtxt")
+def test_a_table_that_is_no_pattern_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "heads.tsv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"heads.tsv is not a DuoAttention pattern"):
+        head_scores.load(path)
+
+
+def test_scores_that_a_pattern_cannot_hold_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"from -3 to 0\.5; a DuoAttention pattern has 0 to 1"):
+        HeadScores([[-3.0, 0.5]]).export(tmp_path)
+    with pytest.raises(ValueError, match="got -1 and 256"):
+        FULL.export(tmp_path, sink_size=-1)
+    assert not list(tmp_path.iterdir())
 
 
 class Executed:

@@ -20,7 +20,9 @@ from tests.parity import golden
 from tests.tiny import build, ids
 
 CONTEXT, QUERY = ids(60, seed=1), ids(5, seed=2)
-NEED_FILES = {"ExpectedAttentionStatsPress", "FastKVzipPress", "KVzapPress", "LUKVPress", "QFilterPress"}
+NEED_FILES = {
+    *("ExpectedAttentionStatsPress", "FastKVzipPress", "KVzapPress", "LUKVPress", "QFilterPress", "RestoreKVPress"),
+}
 SNAPKV = "snapkv(window_size=8)"
 
 
@@ -344,6 +346,7 @@ def test_evicted_values_can_live_on(model):
         (lambda: kvpress.DecodingPress(kvpress.KnormPress()), "DecodingPress compresses while decoding"),
         (lambda: ComposedPress([kvpress.CAMPress(kvpress.KnormPress())]), "compresses while decoding"),
         (lambda: kvpress.PrefillDecodingPress(None, kvpress.DecodingPress(kvpress.KnormPress())), "while decoding"),
+        (lambda: kvpress.DMSPress(kvpress.KnormPress(), 0.0, decoding=True), "DMSPress compresses while decoding"),
         (lambda: kvpress.DecodingPress(ComposedPress([])), "DecodingPress wraps a press that scores"),
         (lambda: kvpress.MergingPress(None), "MergingPress wraps a press that scores"),
         (lambda: ComposedPress([kvpress.DecodingPress(kvpress.KnormPress())] * 2), "only one press"),

@@ -170,6 +170,21 @@ def test_answers_can_be_compressed_while_they_are_decoded(found, how, ratio, pip
     assert pipe(RECORD.context, questions=QUESTIONS[:2], press=found(), max_new_tokens=12)["answers"] == expected
 
 
+@pytest.mark.parametrize("decoding", [False, True])
+def test_a_threshold_and_a_window_go_on_while_decoding_where_asked(decoding, pipe, model):
+    kv = model.prefill(RECORD.context, instruction="", scorer="knorm")
+    threshold = float(kv.scores.quantile(0.3))
+    kv.prune(threshold=threshold, level="window-threshold(window=8)")
+    compress = Decoding(every=2, threshold=threshold, window=8) if decoding else None
+    query = model.encode(QUESTIONS[0] + model.prompting.template.suffix)
+    expected = model.generate(query, kv=kv, max_new_tokens=16, compress=compress)
+    found, cache = kvpress.DMSPress(kvpress.KnormPress(), threshold, 8, decoding, 2), DynamicCache()
+    answer = pipe(RECORD.context, question=QUESTIONS[0], press=found, cache=cache, max_new_tokens=16)["answer"]
+    assert answer == expected
+    assert sum(layer.nbytes for layer in cache.layers) == kv.nbytes
+    assert (found.while_decoding() is not None) == decoding
+
+
 def test_a_model_object_keeps_working_beside_the_pipeline():
     hf_model, tokenizer = build("llama", vocab_size=6000), AutoTokenizer.from_pretrained(bundled_path())
     ids = torch.arange(3, 40)[None]

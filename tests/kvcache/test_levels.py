@@ -372,3 +372,13 @@ def test_a_level_may_be_a_kvs_default(level, tmp_path):
     loaded.prune(0.2)
     told.prune(0.2, level)
     assert torch.equal(loaded.keep_mask, told.keep_mask)
+
+
+def test_a_list_of_numbers_weighs_the_layers():
+    kv, told = prefill(), prefill()
+    result = kv.prune(0.4, [4, 3, 2, 1])
+    assert result == told.prune(0.4, PerLayer((4, 3, 2, 1)))
+    assert torch.equal(kv.keep_mask, told.keep_mask)
+    for bad in ([1, 2], [1, 2, 3, 0], [], ["pair"] * 4):
+        with pytest.raises(ValueError, match="ratios"):
+            prefill().prune(0.4, bad)

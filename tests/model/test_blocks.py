@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from kvzip import ModelKVzip, data
+from kvzip.kvcache import get_level
 from kvzip.model.blocks import cut
-from kvzip.scoring import get_scorer
+from kvzip.scoring import get_scorer, list_scorers
 from kvzip.scoring.methods.kvzip import KVzip
 from kvzip.scoring.reconstruction import RepeatPrompts
+from tests.scoring.test_matrix import scorer_of
 from tests.tiny import build, ids
 
 PREFIX, CONTEXT, QUERY = ids(4, seed=2), ids(90, seed=1), ids(5, seed=3)
@@ -64,6 +66,31 @@ def test_a_budget_in_tokens_holds(scorer, level):
     assert kv.scores.shape == (4, 2, 90)
     kv.prune(tokens=3, level=level)
     assert len(model().generate(QUERY, kv, **GREEDY)) == 6
+
+
+NOT_IN_BLOCKS = {
+    "finch": "finch scores a context for a question",
+    "kvgrad": "gradients scores a whole context at once, .*block by block",
+    "restorekv": "restorekv runs its tokens over a whole context",
+}
+
+
+@pytest.mark.parametrize("name", [info.name for info in list_scorers()])
+@pytest.mark.parametrize("prefix", [12, 0])
+def test_every_method_reads_blocks_behind_a_long_prefix_or_is_refused_by_name(name, prefix):
+    """Chunks that do not divide a block; a prefix longer than any method's sinks."""
+    options = {"context": ids(300, seed=5), "prefix_ids": ids(prefix, seed=2), "budget_tokens": 40, "block": 130}
+    options |= {"scorer": scorer_of(name, model()), "prefill_chunk_size": 41}
+    if name in NOT_IN_BLOCKS:
+        with pytest.raises(ValueError, match=NOT_IN_BLOCKS[name]):
+            prefill(**options)
+        return
+    kv = prefill(**options)
+    assert kv.context_length == 300
+    assert kv.scores.isfinite().all()
+    if get_level(kv.level).exact:
+        assert kv.ratio == pytest.approx(40 / 300, abs=0.02)
+    assert bool(model()(QUERY, kv).isfinite().all())
 
 
 @pytest.mark.parametrize("budget", [9_000, "12kB"])

@@ -14,6 +14,7 @@ from kvzip import ModelKVzip
 ROOT = Path(os.environ.get("KVZIP_GOLDEN_DIR", Path(__file__).parents[3] / "shared" / "golden"))
 
 
+@cache
 def manifest(kind: str) -> dict:
     """The manifest of `kind`; the tests of the calling file are skipped where there is none."""
     path = ROOT / kind / "MANIFEST.json"
@@ -26,6 +27,23 @@ def manifest(kind: str) -> dict:
 def tensors(kind: str, file: str) -> dict:
     """All tensors of one golden file."""
     return load_file(ROOT / kind / file)
+
+
+def variants(*presses: str) -> list[tuple[str, str]]:
+    """(file, variant) of everything that kvpress's `presses` recorded."""
+    return [
+        (file, variant)
+        for file, facts in sorted(manifest("kvpress")["files"].items())
+        if facts.get("press") in presses
+        for variant in facts["variants"]
+    ]
+
+
+def recorded(file: str, variant: str) -> tuple[dict, dict]:
+    """Settings and tensors of one variant of a file of kvpress."""
+    start = f"{variant}."
+    found = {name.removeprefix(start): one for name, one in tensors("kvpress", file).items() if name.startswith(start)}
+    return manifest("kvpress")["files"][file]["variants"][variant]["hyperparameters"], found
 
 
 @cache

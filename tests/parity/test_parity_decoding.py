@@ -7,30 +7,17 @@ from kvzip import CaM
 from kvzip.kvcache.levels.window_threshold import WindowThreshold
 from kvzip.model.compressing import Compressor, Decoding
 from tests.parity import golden
+from tests.parity.golden import variants
 
-MANIFEST = golden.manifest("kvpress")
 PRESSES = ("cam", "decoding", "compression_ratio_decoding", "prefill_decoding")
 BASES = {"KnormPress": "knorm", "KeyDiffPress": "keydiff", "StreamingLLMPress(n_sink=4)": "streaming_llm"}
 TOLERANCE = 2e-5  # of the largest
 
 
-def variants(*presses):
-    return [
-        (file, variant)
-        for file, facts in sorted(MANIFEST["files"].items())
-        if facts.get("press") in presses
-        for variant in facts["variants"]
-    ]
-
-
 def recorded(file, variant):
     """The settings, the tensors, the prompt and the tokens that follow it."""
-    start = f"{variant}."
-    found = golden.tensors("kvpress", file).items()
-    tensors = {name.removeprefix(start): tensor for name, tensor in found if name.startswith(start)}
     inputs = golden.tensors("kvpress", f"{file.rsplit('/', 1)[0]}/inputs.safetensors")
-    settings = MANIFEST["files"][file]["variants"][variant]["hyperparameters"]
-    return settings, tensors, inputs["input_ids"][0].tolist(), inputs["decode_ids"][0].tolist()
+    return *golden.recorded(file, variant), inputs["input_ids"][0].tolist(), inputs["decode_ids"][0].tolist()
 
 
 def prefilled(file, ids, scorer):

@@ -16,6 +16,7 @@ from kvzip.scoring.methods.fastkvzip import FastKVzip
 from kvzip.scoring.methods.kvzap import KVzap
 from kvzip.scoring.methods.qfilter import QFilter
 from tests.parity import golden
+from tests.parity.golden import recorded, variants
 from tests.parity.test_parity_kvpress import TOLERANCE, at_count, check_mask, check_scores
 
 MANIFEST = golden.manifest("kvpress")
@@ -25,24 +26,6 @@ CLASSES = {
     "extra_fastkvzip": FastKVzip,
     "extra_expected_attention_stats": ExpectedAttentionStats,
 }
-
-
-def cases(*presses):
-    return [
-        (file, variant)
-        for file, facts in sorted(MANIFEST["files"].items())
-        if facts.get("press") in presses
-        for variant in facts["variants"]
-    ]
-
-
-def recorded(file, variant):
-    """Settings and tensors of one variant."""
-    facts, start = MANIFEST["files"][file], f"{variant}."
-    tensors = golden.tensors("kvpress", file).items()
-    return facts["variants"][variant]["hyperparameters"], {
-        name.removeprefix(start): tensor for name, tensor in tensors if name.startswith(start)
-    }
 
 
 def inputs(file):
@@ -71,11 +54,11 @@ def released(press, found, folder):
 
 
 def test_every_variant_of_the_family_is_here():
-    assert len(cases(*CLASSES)) == 4 * (1 + 2 + 2 + 1)
-    assert len(cases("extra_lukv")) == len(cases("duo_attention")) == 4
+    assert len(variants(*CLASSES)) == 4 * (1 + 2 + 2 + 1)
+    assert len(variants("extra_lukv")) == len(variants("duo_attention")) == 4
 
 
-@pytest.mark.parametrize(("file", "variant"), cases(*CLASSES))
+@pytest.mark.parametrize(("file", "variant"), variants(*CLASSES))
 def test_scores_and_masks_from_a_converted_release(file, variant, tmp_path):
     press = MANIFEST["files"][file]["press"]
     settings, found = recorded(file, variant)
@@ -93,7 +76,7 @@ def test_scores_and_masks_from_a_converted_release(file, variant, tmp_path):
         assert torch.equal(ours[~unclear], found["kept_mask"].bool()[~unclear])
 
 
-@pytest.mark.parametrize(("file", "variant"), cases("extra_lukv"))
+@pytest.mark.parametrize(("file", "variant"), variants("extra_lukv"))
 def test_lu_kv_keeps_what_kvpress_keeps(file, variant, tmp_path):
     settings, found = recorded(file, variant)
     curve = np.linspace(0.01, 0.99, 99)[:, None, None] * np.ones((1, 3, 2))
@@ -105,7 +88,7 @@ def test_lu_kv_keeps_what_kvpress_keeps(file, variant, tmp_path):
     assert torch.equal(keep, found["kept_mask"].bool())
 
 
-@pytest.mark.parametrize("file", [file for file, _ in cases("extra_lukv")])
+@pytest.mark.parametrize("file", [file for file, _ in variants("extra_lukv")])
 def test_lu_kv_over_scores_of_our_own(file):
     """The recorded base scores are those of the scorer that the level's docstring names."""
     _, found = recorded(file, "synthetic_curve")
@@ -116,7 +99,7 @@ def test_lu_kv_over_scores_of_our_own(file):
     assert float(((ours - expected)[..., free].abs() / largest).max()) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("file", "variant"), cases("duo_attention"))
+@pytest.mark.parametrize(("file", "variant"), variants("duo_attention"))
 def test_duo_attention_on_the_fly(file, variant):
     settings, found = recorded(file, variant)
     model, ids = inputs(file)

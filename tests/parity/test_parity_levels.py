@@ -16,6 +16,7 @@ from kvzip.kvcache.levels.window_threshold import WindowThreshold
 from kvzip.scoring import LayerView, get_scorer
 from kvzip.scoring.methods.keydiff import KeyDiff
 from tests.parity import golden
+from tests.parity.golden import variants
 
 MANIFEST = golden.manifest("kvpress")
 SCORES = 2e-5  # of the largest of a layer, the manifest's suggestion
@@ -40,21 +41,9 @@ LEVELS = {
 }
 
 
-def variants(*presses):
-    return [
-        (file, variant)
-        for file, facts in sorted(MANIFEST["files"].items())
-        if facts.get("press") in presses
-        for variant in facts["variants"]
-    ]
-
-
 def recorded(file, variant):
     """The press, its settings, and its tensors."""
-    facts, start = MANIFEST["files"][file], f"{variant}."
-    found = golden.tensors("kvpress", file).items()
-    tensors = {name.removeprefix(start): tensor for name, tensor in found if name.startswith(start)}
-    return facts["press"], facts["variants"][variant]["hyperparameters"], tensors
+    return MANIFEST["files"][file]["press"], *golden.recorded(file, variant)
 
 
 @cache

@@ -8,28 +8,11 @@ import torch
 from kvzip import Merging
 from kvzip.kvcache.transforms.channels import channel_scores
 from tests.parity import golden
+from tests.parity.golden import recorded, variants
 
-MANIFEST = golden.manifest("kvpress")
 PRESSES = ("key_rerotation", "merging", "think")
 BASES = {"KnormPress": "knorm", "KeyDiffPress": "keydiff", "StreamingLLMPress(n_sink=4)": "streaming_llm"}
 TOLERANCE = 2e-5  # of the largest
-
-
-def variants(*presses):
-    return [
-        (file, variant)
-        for file, facts in sorted(MANIFEST["files"].items())
-        if facts.get("press") in presses
-        for variant in facts["variants"]
-    ]
-
-
-def recorded(file, variant):
-    """The settings and the tensors."""
-    start = f"{variant}."
-    found = golden.tensors("kvpress", file).items()
-    tensors = {name.removeprefix(start): tensor for name, tensor in found if name.startswith(start)}
-    return MANIFEST["files"][file]["variants"][variant]["hyperparameters"], tensors
 
 
 @cache

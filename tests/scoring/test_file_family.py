@@ -254,7 +254,11 @@ def test_stored_statistics_take_the_place_of_the_contexts_own(name, length, pref
 
 def duo(layer, q_len, rotated):
     """Area under the cumulated attention of the last of `q_len` mean queries."""
-    query, key = (one.mean(1) for one in before_rope(layer))
+    return duo_of(*(one.mean(1) for one in before_rope(layer)), q_len, rotated)
+
+
+def duo_of(query, key, q_len, rotated):
+    """The same from mean queries and keys before RoPE, one a head."""
     turns = [rotation_at(i, 8) if rotated else torch.eye(8).double() for i in range(q_len)]
     scores = torch.zeros(len(key)).double()
     for head, mean in enumerate(query):
@@ -281,6 +285,16 @@ def test_duo_attention_lies_between_0_and_1_on_every_architecture(name):
     scores = prefill(DuoAttention(), name).scores
     assert bool(((scores > 0) & (scores <= 1)).all())
     assert torch.equal(scores, scores[..., :1].expand_as(scores))
+
+
+def test_duo_attention_takes_the_mean_of_what_a_block_shows():
+    """The second block's estimate: its own queries and keys, whatever the prefix holds beside."""
+    kv = prefill(DuoAttention(q_len=20), length=40, prefix=12, budget_tokens=1000, block=20)
+    for row, layer in enumerate(states("llama", 40, 12)):
+        query, key = (one[:, 32:] for one in before_rope(layer))
+        expected = duo_of(query.mean(1), key.mean(1), 20, rotated=True)
+        found = kv.scores[row, :, 20:].double()
+        torch.testing.assert_close(found, expected[:, None].expand(2, 20), atol=1e-6, rtol=1e-4)
 
 
 def test_calibration_is_the_mean_over_texts():

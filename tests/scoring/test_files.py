@@ -20,7 +20,7 @@ from kvzip.scoring.methods.qfilter import QFilter
 from tests.tiny import build, ids
 
 FILTERS = {"q_filters": torch.arange(64.0).view(4, 2, 8)}
-NEED_A_FILE = ("qfilter", "kvzap", "fastkvzip", "expected_attention_stats")
+NEED_A_FILE = ("qfilter", "kvzap", "fastkvzip", "expected_attention_stats", "restorekv")
 
 
 @cache

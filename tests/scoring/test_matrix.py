@@ -19,6 +19,7 @@ from kvzip.kvcache.levels.per_layer import PerLayer
 from kvzip.scoring import get_scorer, list_scorers
 from kvzip.scoring.files import FileScorer
 from kvzip.scoring.gates import LinearGate, LowRankGate, MLPGate
+from kvzip.scoring.methods.restorekv import RestoreKV
 from kvzip.scoring.reconstruction import RepeatPrompts
 from kvzip.scoring.registry import _SCORERS
 from tests.tiny import build, ids
@@ -54,6 +55,7 @@ def sizes_of(model):
         "query heads": config.num_attention_heads,
         "head_dim": config.head_dim,
         "hidden_size": config.hidden_size,
+        "tokens": 2,
     }
 
 
@@ -68,7 +70,8 @@ def weights_of(cls, sizes):
             for row, state in enumerate(states)
             for name, tensor in state
         }
-    return {name: torch.rand([sizes[size] for size in shape]) for name, shape in cls.shapes.items()}
+    shapes = {"restore_embeddings": ("tokens", "hidden_size")} if cls is RestoreKV else cls.shapes
+    return {name: torch.rand([sizes[size] for size in shape]) for name, shape in shapes.items()}
 
 
 def scorer_of(name, model):

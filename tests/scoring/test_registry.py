@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvzip import ModelKVzip, Scorer, list_scorers, register
-from kvzip.scoring import LayerScorer, get_scorer, registry
+from kvzip.scoring import LayerScorer, get_scorer, named_scorers, registry
 from kvzip.scoring.methods.knorm import KNorm
 from tests.tiny import build, ids
 
@@ -25,6 +25,16 @@ def model():
 def _same_registry_afterwards(monkeypatch):
     list_scorers()
     monkeypatch.setattr(registry._SCORERS, "_classes", dict(registry._SCORERS._classes))
+
+
+def test_all_stands_for_what_needs_no_file_and_no_question() -> None:
+    found = named_scorers("snapkv(window_size=8,kernel_size=3),all,gate,knorm")
+    assert found[0] == "snapkv(window_size=8,kernel_size=3)"
+    assert found[-1] == "gate"
+    assert {"kvzip", "snapkv", "random", "knorm"} < set(found)
+    assert len(set(found)) == len(found)
+    assert not {"finch", "qfilter", "kvzap", "expected_attention_stats"} & set(found)
+    assert named_scorers("knorm,knorm") == ["knorm", "knorm"]  # told by whoever takes them
 
 
 def test_all_methods_are_listed_with_paper_and_cost():

@@ -1,7 +1,7 @@
 """Scorers from statistics of keys, values and queries, against naive oracles in float64."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -114,6 +114,35 @@ def test_compactor_is_the_naive_blend_at_every_ratio(settings, length, prefix):
         fixed = prefill(Compactor(**settings, blending=0.35), length=length, prefix=prefix, prefill_chunk_size=chunk)
         assert torch.equal(fixed.scores_of("compactor", 0.2), fixed.scores)
         check(fixed.scores, blend(0.35), prefix, ends, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", [3, 8, 12])
+def test_a_block_is_scored_from_its_own_first_token(prefix):
+    """Behind a prefix whose queries it does not see: tiles begin with the block, leverage is among the prefix too."""
+    size, blocks = 20, {"budget_tokens": 1000, "block": 20}
+    for scorer in (NonCausalAttention(chunk_size=8), Compactor(chunk_size=8)):
+        kv = prefill(scorer, "llama", 2 * size, prefix, **blocks)
+        compacts = isinstance(scorer, Compactor)
+        first, last = (8, 4) if compacts else (0, 0)
+        left_out = max(0, first - prefix)
+        for row, layer in enumerate(layers_of("llama", 2 * size, prefix)):
+            block = slice(prefix + size + left_out, None)
+            own = replace(layer, query=layer.query[:, block], key=layer.key[:, block], value=layer.value[:, block])
+            expected = non_causal(own, scorer, 0, last)
+            if compacts:
+                shown = torch.cat([layer.key_before[:, :prefix], layer.key_before[:, prefix + size :]], dim=1)
+                sketch = sketches([layer] * 4, 48)[row]
+                leverages = leverage(replace(layer, key=shown, key_before=shown), sketch, first, last)
+                expected = expected + 0.3 * leverages[:, leverages.shape[1] - expected.shape[1] :]
+            found = kv.scores_of(None, 0.7)[row, :, size + left_out : 2 * size - last]
+            assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+        kv.prune(0.3)
+        assert kv.ratio == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_block_with_nothing_between_the_ends_is_kept():
+    kv = prefill(Compactor(sink_size_end=9), length=16, prefix=12, budget_tokens=1000, block=8)
+    assert bool((kv.scores[..., 8:] == kv.scores[..., 8:].max()).all())
 
 
 def test_compactor_keeps_its_ends_whatever_is_removed():

@@ -77,7 +77,7 @@ class Compactor(PrefillScorer):
 
     def score_layer(self, layer: LayerView, notes: Notes) -> Tensor:
         """(num_key_value_heads, prefix_length + context_length), what does not depend on the ratio"""
-        attention = F.pad(self.tiling.scores(layer, notes), (self.sink_size_start, self.sink_size_end))
+        attention = self.tiling.scores(layer, notes)
         return attention if self.blending is None else attention + self.blending * self._leverage(layer, notes)
 
     def always_kept(self, context: ScoringContext) -> tuple[int, int]:

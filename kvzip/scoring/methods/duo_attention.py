@@ -1,7 +1,9 @@
 """DuoAttention: heads that look far back, and heads that do not (arXiv 2410.10819)."""
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +53,13 @@ class DuoAttention(FileScorer, PrefillScorer):
             sizes = [f"{name}={self.file.settings[name]!r}" for name in SIZES if name in self.file.settings]
             object.__setattr__(self, "level", f"duo({', '.join(sizes)})" if sizes else "duo")
 
+    @classmethod
+    def released(cls, tensors: Mapping[str, Tensor], source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The scores, and the sizes of the windows where `config.json` beside them says so."""
+        beside = source.with_name("config.json")
+        config = json.loads(beside.read_text()) if source.suffix == ".tsv" and beside.is_file() else {}
+        return dict(tensors), {name: size for name, size in config.items() if name.endswith("_size")}
+
     def watch(self, call: PrefillCall, notes: Notes) -> None:
         """Add up queries and keys before RoPE."""
         if self.has_file or call.of_query:
@@ -59,6 +68,7 @@ class DuoAttention(FileScorer, PrefillScorer):
             # One head after the other: a long chunk is never held in float32 all at once.
             sums = torch.cat([call.rotation.undo(head.float()).sum(1) for head in states.split(1)])
             notes[name] = notes[name] + sums if name in notes else sums
+        notes["count"] = notes.get("count", 0) + call.query.shape[1]
         notes |= {"rotation": call.rotation, "scaling": call.scaling, "softcap": call.softcap}
 
     def score(self, context: ScoringContext) -> Tensor | Blend:
@@ -70,15 +80,12 @@ class DuoAttention(FileScorer, PrefillScorer):
     def score_layer(self, layer: LayerView, notes: Notes) -> Tensor:
         """(num_key_value_heads, context_length)"""
         heads, length, _ = layer.keys.shape
-        if self.has_file:
-            scores = self.file.tensors["head_scores"][layer.row]
-        else:
-            scores = self.estimate(notes, layer.all_keys.shape[1], heads)
+        scores = self.file.tensors["head_scores"][layer.row] if self.has_file else self.estimate(notes, heads)
         return scores[:, None].expand(heads, length)
 
-    def estimate(self, notes: Notes, count: int, heads: int) -> Tensor:
-        """(num_key_value_heads,) from the sums of `count` queries and keys."""
-        positions = torch.arange(self.q_len)
+    def estimate(self, notes: Notes, heads: int) -> Tensor:
+        """(num_key_value_heads,) from the sums of queries and keys."""
+        positions, count = torch.arange(self.q_len), notes["count"]
         query = notes["rotation"].at(positions[-1:]).apply(notes["query"][:, None] / count)
         keys = notes["rotation"].at(positions).apply((notes["key"][:, None] / count).expand(-1, self.q_len, -1))
         scores = []

@@ -59,17 +59,21 @@ class ExpectedAttention(PrefillScorer):
 
     def score_layer(self, layer: LayerView, notes: Notes) -> Tensor:
         """(num_key_value_heads, prefix_length + context_length)"""
-        moments = notes["moments"]
+        mean, covariance = self.moments(layer, notes)
         return expected_attention_scores(
             layer,
-            moments.mean,
-            moments.covariance,
+            mean,
+            covariance,
             notes["rotation"],
             scaling=notes["scaling"],
             n_sink=self.n_sink,
             use_vnorm=self.use_vnorm,
             epsilon=self.epsilon,
         )
+
+    def moments(self, layer: LayerView, notes: Notes) -> tuple[Tensor, Tensor | None]:
+        """Mean and covariance of the queries before RoPE, as `expected_attention_scores` takes them."""
+        return notes["moments"].mean, notes["moments"].covariance
 
     def always_kept(self, context: ScoringContext) -> tuple[int, int]:
         """The sinks."""

@@ -13,7 +13,7 @@ RIDGE = 0.01  # a sketch wider than head_dim has no inverse without it
 
 
 def watch_rotation(call: PrefillCall, notes: Notes) -> None:
-    """Note how the layer rotates its keys, and where they begin."""
+    """Note how the layer rotates its keys, and how much later than it seems the context stands."""
     if call.start + call.query.shape[1] == call.length:
         notes |= {"rotation": call.rotation, "offset": call.offset}
 
@@ -37,7 +37,8 @@ def leverage_scores(layer: LayerView, notes: Notes, first: int = 0, last: int = 
         (num_key_value_heads, n) float32, n without the positions left out.
     """
     positions = torch.arange(first, layer.all_keys.shape[1] - last)
-    rotation = notes["rotation"].at(positions + notes["offset"])
+    later = positions >= layer.prefix_length  # than its place says, for a block that is read after others
+    rotation = notes["rotation"].at(positions + notes["offset"] * later)
     sketches = notes["sketch"].to(layer.all_keys.device, torch.float64)
     heads = []
     for keys, sketch in zip(layer.all_keys.split(1), sketches, strict=True):

@@ -16,6 +16,8 @@ from kvzip.scoring.statistics import check_counts, standardised
 class Tiling:
     """Tiles along the positions, prefix included, in which all queries see all keys.
 
+    Where the first queries shown come later, as those of a block that is read behind a prefix, tiles begin there.
+
     Attributes:
         size: positions of a tile; the last one may be shorter.
         first, last: positions at the beginning and the end that are left out.
@@ -35,6 +37,7 @@ class Tiling:
         start, stop = max(call.start, self.first), min(call.start + call.query.shape[1], end)
         if start >= stop:
             return
+        notes.setdefault("begin", start)
         queries = call.query[:, start - call.start : stop - call.start]
         if "waiting" in notes:
             queries = torch.cat([notes["waiting"], queries], dim=1)
@@ -48,10 +51,14 @@ class Tiling:
         notes["waiting"] = queries.clone()
 
     def scores(self, layer: LayerView, notes: Notes) -> Tensor:
-        """(num_key_value_heads, n), n without the positions left out, standardised over all of them."""
-        norms = layer.all_values[:, self.first : layer.all_values.shape[1] - self.last].float().norm(dim=-1)
-        weighted = torch.cat(notes["received"], dim=1) * norms
-        return standardised(F.avg_pool1d(weighted, 3, stride=1, padding=1))
+        """(num_key_value_heads, prefix_length + context_length), standardised over the tiles, 0 outside of them"""
+        scores = torch.zeros(layer.all_values.shape[:2], device=layer.all_values.device)
+        if "received" in notes:
+            received = torch.cat(notes["received"], dim=1)
+            tiles = slice(notes["begin"], notes["begin"] + received.shape[1])
+            weighted = received * layer.all_values[:, tiles].float().norm(dim=-1)
+            scores[:, tiles] = standardised(F.avg_pool1d(weighted, 3, stride=1, padding=1))
+        return scores
 
     def _received(self, query: Tensor, keys: Tensor, scaling: float) -> Tensor:
         """query (num_heads, n, d), keys (num_key_value_heads, n, d) -> (num_key_value_heads, n), mean over the group"""

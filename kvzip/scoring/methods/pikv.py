@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvzip.scoring.base import LayerView, Notes, PrefillCall, PrefillScorer, Scorer, ScoringContext
+from kvzip.scoring.base import Blend, LayerView, Notes, PrefillCall, PrefillScorer, Scorer, ScoringContext
 from kvzip.scoring.files import FileScorer
 from kvzip.scoring.gates import by_layer
 from kvzip.scoring.methods.position_rules import RULES
@@ -156,18 +156,26 @@ class PiKV(RouterSettings, FileScorer, PrefillScorer):
             notes["sum"] = notes.get("sum", 0) + part.float().sum(0)
             notes["count"] = notes.get("count", 0) + len(part)
 
-    def score(self, context: ScoringContext) -> Tensor:
+    def score(self, context: ScoringContext) -> Tensor | Blend:
         """Ask the experts, and mix what they say."""
         if self.has_file:
             self.check(context)
         else:
             _say_untrained()
-        rows = [self._mixed(row, one, context) for row, one in enumerate(self.judge(context))]
-        return torch.stack(rows)
+        for notes, judged in zip(context.notes, self.judge(context), strict=True):
+            notes["judged"] = judged
+        return super().score(context)
 
     def score_layer(self, layer: LayerView, notes: Notes) -> Tensor:
-        """Refuse: experts score all layers at once."""
-        raise NotImplementedError("a router asks its experts in `score`")
+        """(num_key_value_heads, context_length), of what the experts said and the router chose"""
+        judged: Judgement = notes["judged"]
+        tokens = torch.cat(notes["tokens"])[-judged.ranks.shape[-1] :]
+        router = self._routers[layer.row]
+        routing = router(tokens, notes["sum"] / notes["count"], judged.hit_rates.to(tokens.device))
+        routing = Routing(*(None if one is None else one.cpu() for one in routing))  # type: ignore[arg-type]
+        scores = mix(routing, judged.ranks)
+        self._stats.add(layer.row, routing, judged.hit_rates, ~self._kept(scores))
+        return scores
 
     def judge(self, context: ScoringContext) -> list[Judgement]:
         """What the experts say of every layer.
@@ -197,15 +205,6 @@ class PiKV(RouterSettings, FileScorer, PrefillScorer):
         flat = ranks.flatten(-2)
         count = max(1, round(flat.shape[-1] * (1 - self.compression_ratio)))
         return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, flat.topk(count).indices, True).view_as(ranks)
-
-    def _mixed(self, row: int, judged: Judgement, context: ScoringContext) -> Tensor:
-        notes = context.notes[row]
-        tokens = torch.cat(notes["tokens"])[-context.context_length :]
-        routing = self._routers[row](tokens, notes["sum"] / notes["count"], judged.hit_rates.to(tokens.device))
-        routing = Routing(*(None if one is None else one.cpu() for one in routing))  # type: ignore[arg-type]
-        scores = mix(routing, judged.ranks)
-        self._stats.add(row, routing, judged.hit_rates, ~self._kept(scores))
-        return scores
 
     # -- statistics --------------------------------------------------------------------------------------------------
 
