@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from tools.frontier import RATIOS, TASKS, correlation, draw, table
+from tools.frontier import AUTO_BITS, RATIOS, TASKS, correlation, draw, table
 
 
 def rows():
@@ -23,7 +23,7 @@ def rows():
                     {"task": task, "length": 64, "seed": 1, "curve": curve, "asked": ratio, "ratio": ratio,
                      "bits": bits, "bytes": ratio * bits / 16, "score": score, "fidelity": score}
                 )  # fmt: skip
-        for bits in (16, 4):
+        for bits in AUTO_BITS:
             found.append(
                 {
                     **found[0],

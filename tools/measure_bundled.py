@@ -95,7 +95,7 @@ def table(found: dict[Cell, list[float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="bundled", help="a name that ModelKVzip takes")
-    parser.add_argument("--lengths", default="256,512,1024,2048", help="context lengths in tokens")
+    parser.add_argument("--lengths", default="256,512,1024,2048,4000", help="context lengths in tokens")
     parser.add_argument("--documents", type=int, default=3, help="documents a task and length")
     parser.add_argument("--questions", type=int, default=8, help="questions a document")
     parser.add_argument("--level", default="pair")

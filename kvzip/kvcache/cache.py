@@ -89,10 +89,10 @@ class KVCache(ScoredContext):
     def fidelity(self, *, chunks: int | None = None, seed: int = 0) -> Fidelity:
         """How well the model still repeats the context from this kv: a check that needs no question and no gold answer.
 
-        Costs a pass over the context, or over a seeded sample of `chunks` chunks of 256 tokens.
+        Costs three passes over the context, or over a seeded sample of `chunks` chunks of 256 tokens.
 
         Returns:
-            accuracy, log-likelihood, and the accuracy with nothing dropped where it is known.
+            accuracy, log-likelihood, what is recovered after short cues, and both with nothing dropped where known.
 
         Raises:
             ValueError: kept turns, no positions left to repeat the context, or no model (see `owner`).
@@ -133,8 +133,8 @@ class KVCache(ScoredContext):
         Layers are replaced one after the other, so the extra memory is one layer's.
 
         Args:
-            ratio: fraction kept of the original context, in (0, 1]; or "auto": the smallest, in steps of 0.01, whose
-                `fidelity` is within `tolerance` of that with nothing dropped, which takes 8 measurements at most.
+            ratio: fraction kept of the original context, in (0, 1]; or "auto": the smallest, in steps of 0.01, at
+                which at most `tolerance` of what the whole context recovers is lost; about 9 passes over it, 18 at most.
             level: "pair" (one ranking over layers, heads and positions), "pair-uniform" (the same number per head),
                 "head" (whole heads), a list of weights of layers, "adakv" ...: see `list_levels()`; None = `self.level`.
             tokens: in place of a ratio: tokens of the context that a head keeps on average.
@@ -143,7 +143,7 @@ class KVCache(ScoredContext):
             scorer: whose scores to use, where several scored; None = the first.
             bits: of a stored number, see `quantize`; None = `kv_bits`.
             merge: let evicted values live on in kept ones, see `Merging`; for kv_type "evict", and not with "auto".
-            tolerance, chunks: for "auto": accuracy that may be lost, in [0, 1), and chunks looked at, None = all.
+            tolerance, chunks: for "auto": share that may be lost, in [0, 1), and chunks looked at, None = all.
 
         Raises:
             ValueError: bad ratio, level, scorer, bits or merge; no scores; more asked for than an evicted cache still

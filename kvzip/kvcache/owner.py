@@ -14,16 +14,26 @@ class Fidelity(NamedTuple):
     """How well a context is repeated from a kv.
 
     Attributes:
-        accuracy: share of the tokens that are the most likely ones, given those before.
-        log_likelihood: mean of a token's log-probability, in nats.
+        accuracy: share of the tokens that are the most likely ones, given a chunk's before them.
+        log_likelihood: mean of such a token's log-probability, in nats.
         tokens: tokens looked at.
+        recovered: mean probability of a token after a cue of a few tokens, weighted by how surprising it is without
+            the context; it falls before accuracy does.
         full_accuracy: `accuracy` with nothing dropped, None where that was never measured.
+        full_recovered: `recovered` with nothing dropped, None where that was never measured.
     """
 
     accuracy: float
     log_likelihood: float
     tokens: int
+    recovered: float
     full_accuracy: float | None = None
+    full_recovered: float | None = None
+
+    @property
+    def relative(self) -> float | None:
+        """`recovered` over `full_recovered`: 1 where nothing is lost, None where that is not known."""
+        return None if self.full_recovered is None else self.recovered / self.full_recovered
 
 
 class Seen(NamedTuple):
