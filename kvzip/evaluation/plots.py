@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
+CROWD = 12  # more curves than these have no room for shaded intervals and large names
+LEGEND_ROWS = 18
 
 
 class Plot(NamedTuple):
@@ -107,15 +109,20 @@ def _curves(
     for curve in dict.fromkeys(point.curve for point in points):
         own = sorted((point for point in points if point.curve == curve), key=x)
         index = groups.index((curve.scorer, curve.bits))
-        color, marker = f"C{index % 10}", "os^Dv"[index % 5]
+        color, marker = f"C{index % 10}", "os^Dv"[(index + index // 10) % 5]
         line = ("-", "--", ":", "-.")[levels_of(curve.scorer, points).index(curve.level) % 4]
         style: dict[str, Any] = {"linestyle": line, "color": color}
         across = [x(point) for point in own]
         axes.plot(across, [y(point) for point in own], marker=marker, ms=4, label=curve_name(curve, points), **style)
-        if interval and all(point.low is not None for point in own):
+        if interval and len(groups) <= CROWD and all(point.low is not None for point in own):
             low, high = ([getattr(point, name) for point in own] for name in ("low", "high"))
             axes.fill_between(across, low, high, color=color, alpha=0.12, linewidth=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    columns = -(-len(axes.lines) // LEGEND_ROWS)
+    size = "small" if len(axes.lines) > CROWD else None
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, ncols=columns, fontsize=size)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_size_inches(5.5 + 2 * columns, 4.5)
 
 
 def needle_figure(lines: Sequence[Line]) -> Figure:

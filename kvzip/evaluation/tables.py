@@ -51,8 +51,31 @@ def levels_of(scorer: str, points: Sequence[Point]) -> list[str]:
 
 
 def tables(points: Sequence[Point]) -> list[Table]:
-    """One table a dataset."""
-    return [_table(name, [point for point in points if point.dataset == name]) for name in _in_order(points)]
+    """One table a dataset, after one of the means over all datasets of the same length where there are several."""
+    names = _in_order(points)
+    own = [_table(name, [point for point in points if point.dataset == name]) for name in names]
+    lengths = dict.fromkeys(_length(name) for name in names)
+    alike = ([name for name in names if _length(name) == length] for length in lengths)
+    return [_means(some, [one for one in points if one.dataset in some]) for some in alike if len(some) > 1] + own
+
+
+def _length(name: str) -> str:
+    return name.partition(":")[2]
+
+
+def _means(names: Sequence[str], points: Sequence[Point]) -> Table:
+    """Each dataset counts once, and only what is there of all of them; the best curves first."""
+    found = {(point.curve, point.ratio, point.dataset): point.score for point in points}
+    ratios = sorted({point.ratio for point in points})
+    rows = []
+    for curve in dict.fromkeys(point.curve for point in points):
+        scores = [[found[key] for name in names if (key := (curve, ratio, name)) in found] for ratio in ratios]
+        means = [sum(some) / len(names) if len(some) == len(names) else None for some in scores]
+        rows.append((curve_name(curve, points), means))
+    rows.sort(key=lambda row: -sum(mean or 0.0 for mean in row[1]))
+    of = f" of {_length(names[0])} tokens" if _length(names[0]) else ""
+    cells = [(name, [["" if mean is None else f"{mean:.3f}"] for mean in means]) for name, means in rows]
+    return Table(f"Mean over {len(names)} datasets{of}", [f"{ratio:g}" for ratio in ratios], cells)
 
 
 def _in_order(points: Sequence[Point]) -> list[str]:

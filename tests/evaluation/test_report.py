@@ -14,7 +14,7 @@ from kvzip.evaluation.plots import _score, needle_figure, plots
 from kvzip.evaluation.report import report
 from kvzip.evaluation.shards import Shard
 from kvzip.evaluation.summary import bootstrap, summarize
-from kvzip.evaluation.tables import comma_separated, markdown, print_terminal
+from kvzip.evaluation.tables import comma_separated, markdown, print_terminal, tables
 from tests.evaluation import made
 
 
@@ -41,6 +41,21 @@ def test_points_are_means_over_questions():
     assert (low.contexts, low.questions, low.kept, low.kv_bytes) == (6, 12, 0.5, 500)
     assert low.low < low.score < low.high
     assert low.seconds_per_token == 0.005
+
+
+def test_datasets_of_one_length_have_their_mean_first_and_each_counts_once():
+    lines = [
+        made.line(0, question, 0.5, num_questions=count, dataset=name, scorer=scorer, score=float(right))
+        for name, count in (("a:1024", 1), ("b:1024", 3), ("c:2048", 2))
+        for question in range(count)
+        for scorer, right in (("poor", name == "a:1024"), ("good", True))
+    ]
+    mean, *own = tables(summarize(lines))
+    assert mean.title == "Mean over 2 datasets of 1024 tokens"
+    assert mean.rows == [("good", [["1.000"]]), ("poor", [["0.500"]])]
+    assert [table.title.split(":")[0] for table in own] == ["a", "b", "c"]
+    lines = [line for line in lines if (line.dataset, line.scorer) != ("b:1024", "poor")]
+    assert tables(summarize(lines))[0].rows == [("good", [["1.000"]]), ("poor", [[""]])]
 
 
 def test_bytes_and_lengths_are_means_over_contexts_not_questions():
