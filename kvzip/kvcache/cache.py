@@ -136,7 +136,7 @@ class KVCache(ScoredContext):
             ratio: fraction kept of the original context, in (0, 1]; or "auto": the smallest, in steps of 0.01, at
                 which at most `tolerance` of what the whole context recovers is lost; about 9 passes, 18 at most.
             level: "pair" (one ranking over layers, heads and positions), "pair-uniform" (the same number per head),
-                "head" (whole heads), a weight a layer ([4, 3, 2]), "adakv" ...: see `list_levels()`; None = `self.level`.
+                "head" (whole heads), a weight a layer ([3, 2]), "adakv" ...: see `list_levels()`; None = `self.level`.
             tokens: in place of a ratio: tokens of the context that a head keeps on average.
             nbytes: in place of a ratio: what `nbytes` may be afterwards, 2048 or "1GiB".
             threshold: in place of ratio and level: keep the pairs with at least this score.
