@@ -43,10 +43,15 @@ def exams(lengths: Iterable[int], documents: int, questions: int, seed: int) -> 
     ]
 
 
+def scores(model: ModelKVzip, kv: KVCache, record: Record) -> list[float]:
+    """Of the answer to every question, 1.0 where it is exact."""
+    answers = model.generate(record.questions, kv, max_new_tokens=record.max_new_tokens)
+    return [data.score(record.task, *pair) for pair in zip(answers, record.answers, strict=True)]
+
+
 def right(model: ModelKVzip, kv: KVCache, record: Record) -> float:
     """Share of exact answers."""
-    answers = model.generate(record.questions, kv, max_new_tokens=record.max_new_tokens)
-    return statistics.mean(data.score(record.task, *pair) for pair in zip(answers, record.answers, strict=True))
+    return statistics.mean(scores(model, kv, record))
 
 
 def sit(ask: Callable[[ModelKVzip, Exam], list[Row]], name: str, chosen: Sequence[Exam], workers: int) -> list[Row]:

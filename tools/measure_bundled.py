@@ -8,69 +8,48 @@ document, greedily. Documents come from the test split: names, values and some p
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
 
 from kvzip import ModelKVzip, __version__
-from kvzip import data as exams
+from tools.exams import TASKS, Exam, Row, exams, scores, sit
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ("facts", "kv", "passkey")
 SCORERS = ("kvzip", "kvzip_plus", "streaming_llm", "knorm", "random")
 RATIOS = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
-
 
 Cell = tuple[str, int, str, float]  # task, length, scorer, ratio
 
 
-def ask(model: ModelKVzip, task: str, length: int, seed: int, questions: int, level: str) -> dict[Cell, list[float]]:
+def ask(model: ModelKVzip, exam: Exam, level: str) -> list[Row]:
     """Score of every answer about one document; ratio 1 is the full cache, the same for all scorers and asked once."""
-    record = exams.generate(
-        task, seed, split="test", tokens=length, count_tokens=model.tokenizer, num_questions=questions
-    )
+    record = exam.record(model)
     kv = model.prefill(record.context, scorer=SCORERS, kv_type="retain")
-    found: dict[Cell, list[float]] = {}
+    whole = scores(model, kv, record)
+    rows: list[Row] = []
     for scorer in SCORERS:
         for ratio in RATIOS:
-            if ratio == 1.0 and found:
-                found[task, length, scorer, ratio] = found[task, length, SCORERS[0], ratio]
-                continue
-            kv.prune(ratio, level, scorer=scorer)
-            answers = model.generate(record.questions, kv, max_new_tokens=record.max_new_tokens)
-            found[task, length, scorer, ratio] = [
-                exams.score(task, answer, references)
-                for answer, references in zip(answers, record.answers, strict=True)
-            ]
-    return found
+            if ratio < 1:
+                kv.prune(ratio, level, scorer=scorer)
+            found = whole if ratio == 1 else scores(model, kv, record)
+            rows.append({"cell": (exam.task, exam.length, scorer, ratio), "scores": found})
+    return rows
 
 
-def _start(name: str) -> None:
-    global _model  # one model a worker process
-    torch.set_num_threads(1)
-    _model = ModelKVzip(name)
-
-
-def _work(job: tuple[str, int, int, int, str]) -> dict[Cell, list[float]]:
-    return ask(_model, *job)
-
-
-def measure(name: str, jobs: list[tuple[str, int, int, int, str]], workers: int) -> dict[Cell, list[float]]:
-    """Run all jobs in `workers` processes."""
+def by_cell(rows: list[Row]) -> dict[Cell, list[float]]:
+    """All scores of a cell, task by task and length by length."""
     found: dict[Cell, list[float]] = defaultdict(list)
-    with multiprocessing.get_context("spawn").Pool(workers, _start, (name,)) as pool:
-        for answered in tqdm(pool.imap(_work, jobs), total=len(jobs), unit="document"):
-            for cell, scores in answered.items():
-                found[cell] += scores
-    return found
+    for row in rows:
+        found[row["cell"]] += row["scores"]
+    return dict(sorted(found.items(), key=lambda item: (TASKS.index(item[0][0]), item[0][1])))
 
 
 def table(found: dict[Cell, list[float]]) -> str:
@@ -104,15 +83,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "bundled_model")
     args = parser.parse_args()
     lengths = [int(length) for length in args.lengths.split(",")]
-    jobs = [
-        (task, length, args.seed + i, args.questions, args.level)
-        for length in sorted(lengths, reverse=True)
-        for task in TASKS
-        for i in range(args.documents)
-    ]
     start = time.time()
-    found = measure(args.model, jobs, args.workers)
-    found = dict(sorted(found.items(), key=lambda item: (TASKS.index(item[0][0]), item[0][1])))
+    chosen = exams(lengths, args.documents, args.questions, args.seed)
+    found = by_cell(sit(partial(ask, level=args.level), args.model, chosen, args.workers))
     settings = {key: value for key, value in vars(args).items() if key != "out"} | {
         "kvzip": __version__,
         "torch": torch.__version__,

@@ -9,7 +9,6 @@ medians over the documents; a method that watches the prefill costs what it adds
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import time
@@ -17,31 +16,20 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 from kvzip import ModelKVzip, list_scorers
-from kvzip import data as exams
 from kvzip.scoring import PrefillScorer, get_scorer
+from tools.exams import TASKS, Exam, Row, exams, mean, right, sit
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ("facts", "kv", "passkey")
 RATIOS = (0.5, 0.3, 0.1)
 
-Row = dict[str, Any]
 
-
-def ask(model: ModelKVzip, task: str, length: int, seed: int, questions: int) -> list[Row]:
+def ask(model: ModelKVzip, exam: Exam) -> list[Row]:
     """All methods over one document."""
-    record = exams.generate(task, seed, tokens=length, count_tokens=model.tokenizer, num_questions=questions)
-
-    def score(kv: Any) -> float:
-        answers = model.generate(record.questions, kv, max_new_tokens=record.max_new_tokens)
-        pairs = zip(answers, record.answers, strict=True)
-        return statistics.mean(exams.score(task, *pair) for pair in pairs)
-
+    record = exam.record(model)
     plain, spent = timed(lambda: model.prefill(record.context, scorer=None))
-    rows: list[Row] = [{"name": "full cache", "level": "", "ratio": 1.0, "score": score(plain), "over": 0.0}]
+    full = right(model, plain, record)
+    rows: list[Row] = [{"name": "full cache", "level": "", "ratio": 1.0, "score": full, "over": 0.0}]
     for info in list_scorers():
         try:
             scorer = get_scorer(info.name)
@@ -65,7 +53,7 @@ def ask(model: ModelKVzip, task: str, length: int, seed: int, questions: int) ->
                         "level": level,
                         "ratio": ratio,
                         "kept": pruned.ratio,
-                        "score": score(pruned),
+                        "score": right(model, pruned, record),
                         "over": over,
                     }
                 )
@@ -77,16 +65,6 @@ def timed(call: Any) -> tuple[Any, float]:
     start = time.process_time()
     found = call()
     return found, time.process_time() - start
-
-
-def _start(name: str) -> None:
-    global _model  # one model a worker process
-    torch.set_num_threads(1)
-    _model = ModelKVzip(name)
-
-
-def _work(job: tuple[str, int, int, int]) -> list[Row]:
-    return ask(_model, *job)
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -113,11 +91,6 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def mean(rows: list[Row], name: str) -> float:
-    """Mean of one column."""
-    return statistics.mean(row[name] for row in rows)
-
-
 def shown(rows: list[Row], ratio: float) -> str:
     """Score in per cent, and what was kept where a level decides that itself."""
     kept = mean(rows, "kept")
@@ -141,17 +114,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3_000_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "scorers.md")
+    rows_file = ROOT / "benchmarks" / "results" / "scorers.json"
+    parser.add_argument("--rows", type=Path, default=rows_file, help="where all measurements go")
     args = parser.parse_args()
-    jobs = [(task, args.length, args.seed + i, args.questions) for task in TASKS for i in range(args.documents)]
-    rows: list[Row] = []
-    with multiprocessing.get_context("spawn").Pool(args.workers, _start, (args.model,)) as pool:
-        for found in tqdm(pool.imap(_work, jobs), total=len(jobs), unit="document"):
-            rows += found
+    rows = sit(ask, args.model, exams([args.length], args.documents, args.questions, args.seed), args.workers)
     full = statistics.mean(row["score"] for row in rows if row["name"] == "full cache")
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "rows")}
     settings["weights"] = ModelKVzip(args.model).model_id["weights"]
-    results = ROOT / "benchmarks" / "results" / "scorers.json"
-    results.write_text(json.dumps({"settings": settings, "rows": rows}) + "\n")
+    args.rows.write_text(json.dumps({"settings": settings, "rows": rows}) + "\n")
     head = [
         "# All methods",
         "",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvzip.integrations.compression import BasePress, Step, kept
-from kvzip.integrations.presses import ScorerPress, check_scores
+from kvzip.integrations.presses import AroundPress, ScorerPress, check_scores
 from kvzip.kvcache import CaM, KVCache, Merging
 from kvzip.kvcache.levels.per_layer import PerLayer
 from kvzip.model import Decoding
@@ -67,22 +67,13 @@ class ComposedPress(BasePress):
 
 
 @dataclass
-class ChangingPress(BasePress):
-    """A press that changes what another one keeps; `compression_ratio` is that one's."""
+class ChangingPress(AroundPress, BasePress):
+    """A press that changes what another one keeps."""
 
     press: ScorerPress
 
     def __post_init__(self) -> None:
         check_scores(self, self.press, wrapped=True)
-
-    @property
-    def compression_ratio(self) -> float:
-        """Fraction REMOVED."""
-        return self.press.compression_ratio
-
-    @compression_ratio.setter
-    def compression_ratio(self, value: float) -> None:
-        self.press.compression_ratio = value
 
 
 @dataclass
@@ -131,7 +122,21 @@ class ThinKPress(BasePress):
 
 
 @dataclass
-class DecodingPress(BasePress):
+class AnswerPress(BasePress):
+    """A press that leaves the context whole and compresses while answers are decoded, by the scores of `base_press`."""
+
+    base_press: ScorerPress
+
+    def __post_init__(self) -> None:
+        check_scores(self, self.base_press, wrapped=True)
+
+    def steps(self) -> list[Step]:
+        """Score the context and keep all of it."""
+        return [Step(self.base_press.scorers())]
+
+
+@dataclass
+class DecodingPress(AnswerPress):
     """Compresses while answers are decoded, in the pipeline; see `kvzip.Decoding`.
 
     Methods that look at the stored states alone, with one budget for all heads, score everything anew each time, as
@@ -144,17 +149,9 @@ class DecodingPress(BasePress):
         hidden_states_buffer_size: of no effect, nothing is buffered.
     """
 
-    base_press: ScorerPress
     compression_interval: int = 512
     target_size: int = 2048
     hidden_states_buffer_size: int = 256
-
-    def __post_init__(self) -> None:
-        check_scores(self, self.base_press, wrapped=True)
-
-    def steps(self) -> list[Step]:
-        """Score the context and keep all of it."""
-        return [Step(self.base_press.scorers())]
 
     def while_decoding(self) -> Decoding:
         """To so many tokens, every so often."""
@@ -176,24 +173,16 @@ class CAMPress(DecodingPress):
 
 
 @dataclass
-class CompressionRatioDecodingPress(BasePress):
+class CompressionRatioDecodingPress(AnswerPress):
     """As `DecodingPress`, to a fraction of all that there ever was.
 
     Args:
         target_compression_ratio: fraction REMOVED, in [0, 1).
     """
 
-    base_press: ScorerPress
     compression_interval: int = 512
     target_compression_ratio: float = 0.5
     hidden_states_buffer_size: int = 256
-
-    def __post_init__(self) -> None:
-        check_scores(self, self.base_press, wrapped=True)
-
-    def steps(self) -> list[Step]:
-        """Score the context and keep all of it."""
-        return [Step(self.base_press.scorers())]
 
     def while_decoding(self) -> Decoding:
         """To such a fraction, every so often."""

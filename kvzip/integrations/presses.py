@@ -148,13 +148,10 @@ class RouterPress(TablePress):
         scorer.reset_stats()  # type: ignore[attr-defined]
 
 
-class WrapperPress(TablePress):
-    """A press that spreads the budget over another one's scores; `compression_ratio` is that one's."""
+class AroundPress:
+    """What presses around another one share: `compression_ratio` is that one's."""
 
     press: ScorerPress
-
-    def __post_init__(self) -> None:
-        check_scores(self, self.press)
 
     @property
     def compression_ratio(self) -> float:
@@ -164,6 +161,13 @@ class WrapperPress(TablePress):
     @compression_ratio.setter
     def compression_ratio(self, value: float) -> None:
         self.press.compression_ratio = value
+
+
+class WrapperPress(AroundPress, TablePress):
+    """A press that spreads the budget over another one's scores."""
+
+    def __post_init__(self) -> None:
+        check_scores(self, self.press)
 
     def scorers(self) -> tuple[Scorer, ...]:
         """See `ScorerPress`."""
