@@ -104,8 +104,8 @@ def build(model_type: str, seed: int = 0, **changes: object) -> PreTrainedModel:
 
 
 @cache
-def shared(model_type: str) -> PreTrainedModel:
-    """One model of each type for the whole test run; not to be changed."""
+def stock_model(model_type: str) -> PreTrainedModel:
+    """One model of each type for the whole test run, never given to `ModelKVzip`: it would run our attention."""
     return build(model_type)
 
 

@@ -12,7 +12,7 @@ from kvzip import ModelKVzip
 from kvzip.attention import install, restore
 from kvzip.scoring.methods.kvzip_plus import KVzipPlus
 from kvzip.scoring.reconstruction import RepeatPrompts
-from tests.tiny import build, ids, shared
+from tests.tiny import build, ids, stock_model
 
 CASES = [("llama", "sdpa"), ("llama", "eager"), ("gemma2", "eager"), ("gemma3_text", "sdpa"), ("gemma3_text", "eager")]
 PLUS = KVzipPlus(chunk_size=20, prompts=RepeatPrompts([5, 6], [7], [8]))
@@ -240,6 +240,6 @@ def test_import_is_quiet_with_warnings_as_errors():
 
 def test_stock_models_of_other_users_are_not_touched():
     """Constructing ours changes one model, not the library: another of the same type runs its own attention."""
-    other = shared("llama")
+    other = stock_model("llama")
     ModelKVzip.from_model(build("llama"), None)
     assert implementation(other) == "sdpa"

@@ -11,7 +11,7 @@ from kvzip.kvcache import SlidingLayer
 from kvzip.scoring.methods.kvzip import KVzip
 from kvzip.scoring.methods.kvzip_plus import KVzipPlus
 from kvzip.scoring.reconstruction import OVERLAP, RepeatPrompts
-from tests.tiny import HYBRID, MOE, REFUSED, SUPPORTED, build, ids, shared
+from tests.tiny import HYBRID, MOE, REFUSED, SUPPORTED, build, ids, stock_model
 
 PREFIX, CONTEXT, QUERY = ids(4, seed=2), ids(50, seed=1), ids(6, seed=3)
 PROMPT = [*PREFIX, *CONTEXT, *QUERY]
@@ -25,7 +25,7 @@ hybrids = pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
 
 @cache
 def model_of(name):
-    """Ours; `shared(name)` has the same weights and stays stock."""
+    """Ours; `stock_model(name)` has the same weights and stays stock."""
     return ModelKVzip.from_model(build(name), None)
 
 
@@ -36,7 +36,7 @@ def prefill(name, **options):
 @cache
 def stock_logits(name):
     """Logits of the query after a DynamicCache of prefix and context."""
-    model = shared(name)
+    model = stock_model(name)
     with torch.no_grad():
         past = DynamicCache(config=model.config)
         model(torch.tensor([PREFIX + CONTEXT]), past_key_values=past)
@@ -46,7 +46,7 @@ def stock_logits(name):
 @cache
 def stock_answer(name):
     prompt = torch.tensor([PROMPT])
-    output = shared(name).generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **GREEDY)
+    output = stock_model(name).generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **GREEDY)
     return output[0, len(PROMPT) :].tolist()
 
 
@@ -151,7 +151,7 @@ def test_kept_turns_are_what_a_stock_model_would_have_been_fed(name):
         assert kv.input_ids.tolist() == history
         assert kv.get_seq_length() == len(history)
     with torch.no_grad():
-        expected = shared(name)(torch.tensor([[*history, *QUERY]])).logits[:, -len(QUERY) :]
+        expected = stock_model(name)(torch.tensor([[*history, *QUERY]])).logits[:, -len(QUERY) :]
     assert close(model(QUERY, kv), expected)
 
 

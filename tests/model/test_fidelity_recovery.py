@@ -9,7 +9,7 @@ from kvzip import ModelKVzip
 from kvzip.data.filler import NOISE_UNIT
 from kvzip.model import fidelity, recovery
 from kvzip.scoring.reconstruction import Reconstruction
-from tests.tiny import ids, shared
+from tests.tiny import build, ids
 
 LEAD = [5, 9, 7]
 
@@ -31,7 +31,7 @@ def hidden():
 
 
 def tiny(length, prefix=6, model_type="llama"):
-    own = ModelKVzip.from_model(shared(model_type), None)
+    own = ModelKVzip.from_model(build(model_type), None)
     kv = own.prefill(ids(length, 1), scorer="knorm", prefix_ids=ids(prefix, 2))
     return own, kv
 
