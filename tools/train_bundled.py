@@ -1,4 +1,4 @@
-"""Train the bundled model: `python -m tools.train_bundled --max-minutes 74 --workers 2`.
+"""Train the bundled model: `python -m tools.train_bundled --max-minutes 150 --workers 2`.
 
 The same command goes on from the last checkpoint; `--fresh` starts again. Runs on a GPU where there is one.
 """
@@ -68,6 +68,19 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     return model
 
 
+def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Return Muon for the layers' matrices and AdamW for the rest; one rate fits both."""
+    named = list(model.named_parameters())
+    matrices = [weight for name, weight in named if weight.ndim == 2 and ".layers." in name]
+    rest = [weight for name, weight in named if weight.ndim != 2 or ".layers." not in name]
+    return [
+        torch.optim.Muon(
+            matrices, weight_decay=recipe.WEIGHT_DECAY, momentum=recipe.MOMENTUM, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(rest, betas=recipe.BETAS, weight_decay=recipe.WEIGHT_DECAY),
+    ]
+
+
 def train_step(model: LlamaForCausalLM, samples: list[Sample], device: torch.device) -> dict[str, list[float]]:
     """Run forward and backward on one batch; logits are made at supervised positions only.
 
@@ -109,10 +122,11 @@ def advance(state: State, max_minutes: float) -> bool:
     return True
 
 
-def save(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, state: State) -> None:
+def save(path: Path, model: LlamaForCausalLM, steppers: list[torch.optim.Optimizer], state: State) -> None:
     """Write a checkpoint; a reader never sees half of one."""
     part = path.with_suffix(".part")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": vars(state)}, part)
+    optimizer = [one.state_dict() for one in steppers]
+    torch.save({"model": model.state_dict(), "optimizer": optimizer, "state": vars(state)}, part)
     part.replace(path)
 
 
@@ -161,13 +175,14 @@ def train(rank: int, args: argparse.Namespace) -> None:
     model = new_model(tokenizer, args.seed)
     model.to(device)  # type: ignore[arg-type]
     use_packed(model)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=recipe.BETAS, weight_decay=recipe.WEIGHT_DECAY)
+    steppers = optimizers(model)
     state = State()
     checkpoint, log = args.checkpoints / CHECKPOINT, args.checkpoints / LOG
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, known in zip(steppers, saved["optimizer"], strict=True):
+            optimizer.load_state_dict(known)
         state = State(**saved["state"])
     elif args.start is not None:
         load_grown(model, LlamaForCausalLM.from_pretrained(args.start))
@@ -177,13 +192,15 @@ def train(rank: int, args: argparse.Namespace) -> None:
     while state.minutes < args.max_minutes:
         rng = random.Random(f"{args.seed}/{state.step}/{rank}")
         samples = recipe.batch(sampler, recipe.STAGES[state.stage], rng, state.accuracy)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state, args.max_minutes)
+        rate = learning_rate(state, args.max_minutes)
         found = train_step(model, samples, device)
         average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in steppers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         now = time.monotonic()
         observe(state, gather((found, sum(len(sample.ids) for sample in samples), (now - last) / 60)))
         last = now
@@ -198,7 +215,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         if changed:
             state.accuracy.clear()
         if rank == 0 and (changed or now - saved_at > SAVE_SECONDS or state.minutes >= args.max_minutes):
-            save(checkpoint, model, optimizer, state)
+            save(checkpoint, model, steppers, state)
             saved_at = now
 
 

@@ -75,11 +75,12 @@ def initialize(model: LlamaForCausalLM, *, seed: int) -> None:
 
 @torch.no_grad()
 def load_grown(model: LlamaForCausalLM, start: LlamaForCausalLM) -> None:
-    """Copy `start`, which may have fewer layers, KV heads or dimensions, into `model`, which then computes the same.
+    """Copy `start`, which may be smaller, into `model`, which then computes the same.
 
     Layers that `start` lacks go in behind its second one and begin as the identity, with output matrices of zero. KV
     heads that it lacks begin as copies. Wider heads keep the RoPE frequencies that they had, every second one of the
-    new ones; what is new in them is read by queries and outputs of zero.
+    new ones; what is new in them is read by queries and outputs of zero. New channels of the residual stream and new
+    MLP units are read at random, but nothing writes to the channels and the units write nothing.
     """
     have, want = len(start.model.layers), len(model.model.layers)
     new = range(2, 2 + want - have)
@@ -88,25 +89,52 @@ def load_grown(model: LlamaForCausalLM, start: LlamaForCausalLM) -> None:
         model.model.layers[index].self_attn.o_proj.weight.zero_()
         model.model.layers[index].mlp.down_proj.weight.zero_()
     for index, layer in zip(kept, start.model.layers, strict=True):
-        _load_layer(model.model.layers[index], layer, start.config.head_dim or 0, model.config.head_dim or 0)
-    for name in ("embed_tokens", "norm"):
-        getattr(model.model, name).load_state_dict(getattr(start.model, name).state_dict())
-    model.lm_head.load_state_dict(start.lm_head.state_dict())
+        _load_attention(
+            model.model.layers[index].self_attn,
+            layer.self_attn,
+            model.config.head_dim or 0,
+            start.config.head_dim or 0,
+        )
+        _load_rest(model.model.layers[index], layer)
+    _load_writer(model.model.embed_tokens.weight, start.model.embed_tokens.weight)
+    _load_writer(model.lm_head.weight, start.lm_head.weight)
+    _load_norm(model.model.norm.weight, start.model.norm.weight)
 
 
-def _load_layer(layer: nn.Module, old: nn.Module, old_dim: int, dim: int) -> None:
-    for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
-        getattr(layer, name).load_state_dict(getattr(old, name).state_dict())
+def _load_attention(to: nn.Module, old: nn.Module, dim: int, old_dim: int) -> None:
     half, times = torch.arange(old_dim // 2), dim // old_dim
     rotary = torch.cat([half * times, dim // 2 + half * times])
     for name, inner, scale in (("q", rotary, times**0.5), ("k", rotary, 1.0), ("v", torch.arange(old_dim), 1.0)):
-        to, source = (getattr(one.self_attn, f"{name}_proj").weight for one in (layer, old))
-        heads = source.view(-1, old_dim, source.shape[1])
-        heads = heads.repeat_interleave(len(to) // dim // len(heads), dim=0)
+        weight, source = (getattr(one, f"{name}_proj").weight for one in (to, old))
+        width = source.shape[1]
+        heads = source.view(-1, old_dim, width)
+        heads = heads.repeat_interleave(len(weight) // dim // len(heads), dim=0)
+        weight.mul_(source.std() / weight.std())
         if name == "q" and dim > old_dim:
-            to.zero_()
-        to.view(-1, dim, to.shape[1])[:, inner] = heads * scale
-    to, source = layer.self_attn.o_proj.weight, old.self_attn.o_proj.weight
-    if dim > old_dim:
-        to.zero_()
-    to.view(len(to), -1, dim)[..., :old_dim] = source.view(len(source), -1, old_dim)
+            weight.zero_()
+        weight.view(-1, dim, weight.shape[1])[:, inner, :width] = heads * scale
+    weight, source = to.o_proj.weight, old.o_proj.weight
+    weight.zero_()
+    weight.view(len(weight), -1, dim)[: len(source), :, :old_dim] = source.view(len(source), -1, old_dim)
+
+
+def _load_rest(layer: nn.Module, old: nn.Module) -> None:
+    for name in ("gate_proj", "up_proj"):
+        weight, source = (getattr(one.mlp, name).weight for one in (layer, old))
+        weight.mul_(source.std() / weight.std())
+        weight[: len(source), : source.shape[1]] = source
+    _load_writer(layer.mlp.down_proj.weight, old.mlp.down_proj.weight)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        _load_norm(getattr(layer, name).weight, getattr(old, name).weight)
+
+
+def _load_writer(weight: torch.Tensor, source: torch.Tensor) -> None:
+    weight.zero_()
+    weight[: len(source), : source.shape[1]] = source
+
+
+def _load_norm(weight: torch.Tensor, source: torch.Tensor) -> None:
+    """A norm over more channels, the new ones zero, sees a smaller mean square."""
+    weight.fill_(source.mean())
+    weight[: len(source)] = source
+    weight.mul_((len(source) / len(weight)) ** 0.5)

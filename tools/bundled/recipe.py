@@ -12,20 +12,21 @@ from tools.bundled.samples import OWN_TASKS, QA_TASKS, RULER_ROOM, Sample, Sampl
 from tools.bundled.tokenizer import MAX_LENGTH, VOCAB_SIZE
 
 BETAS = (0.9, 0.98)
+MOMENTUM = 0.95
 WEIGHT_DECAY = 0.01
 CLIP = 1.0
 WARMUP_STEPS = 50
-DECAY_FROM = 0.7  # share of the time after which the learning rate falls, to FLOOR of its peak
+DECAY_FROM = 0.4  # share of the time after which the learning rate falls, to FLOOR of its peak
 FLOOR = 0.05
 SHARES = {"niah_multivalue": 0.1, "niah_multiquery": 0.1}  # long answers, wrong for long whatever their share
 FEWEST = 0.08  # weight of a task that is always right; the others are drawn by how often they are wrong
 
 
 def model_config(pad: int, bos: int, eos: int) -> LlamaConfig:
-    """Return a 5.0 M parameter Llama: 5 layers, 8 query and 4 KV heads of 64."""
+    """Return a 7.5 M parameter Llama: hidden size 384, 5 layers, 8 query and 4 KV heads of 64."""
     return LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=256,
+        hidden_size=384,
         intermediate_size=512,
         num_hidden_layers=5,
         num_attention_heads=8,
@@ -71,10 +72,10 @@ STAGES = (
     Stage("induction", (96, 160), 2048, 1.0, 0.0, (8, 64), 1.5e-3, until=0.9),
     Stage("gentle", (96, 256), 4096, 0.35, 0.4, (16, 128), 1.5e-3, until=0.6, share=0.1),
     Stage("mix-224", (64, 224), 4096, repeats=0.1, until=0.95, share=0.12),
-    Stage("mix-384", (64, 384), 4096, repeats=0.1, until=0.95, share=0.25),
-    Stage("mix-768", (64, 768), 6144, repeats=0.1, until=0.95, share=0.45),
-    Stage("mix-1k", (64, 1200), 6144, repeats=0.15, until=0.95, share=0.55),
-    Stage("mix-2k", (64, 2300), 8192, random=0.03, repeats=0.12, until=0.95, share=0.85),
+    Stage("mix-384", (64, 384), 4096, repeats=0.1, until=0.95, share=0.2),
+    Stage("mix-768", (64, 768), 6144, repeats=0.1, until=0.95, share=0.25),
+    Stage("mix-1k", (64, 1200), 6144, repeats=0.15, until=0.95, share=0.35),
+    Stage("mix-2k", (64, 2300), 8192, random=0.03, repeats=0.12, until=0.95, share=0.65),
     Stage("mix-4k", (64, 4400), 9000, random=0.03, repeats=0.15),
 )
 
