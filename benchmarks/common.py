@@ -68,9 +68,10 @@ def machine() -> str:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
+    gpu = f"{torch.cuda.get_device_name(0)}, " if torch.cuda.is_available() else ""
     return (
-        f"{cpu}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, kvzip {kvzip.__version__}"
+        f"{gpu}{cpu}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, kvzip {kvzip.__version__}"
     )
 
 

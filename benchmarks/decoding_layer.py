@@ -59,7 +59,7 @@ def problem(lengths: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[
 def timed(calls: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of every call, interleaved."""
     found: dict[str, list[float]] = {name: [] for name in calls}
-    flush = torch.empty(128 * 2**20, dtype=torch.int8, device=device) if device == "cuda" else None
+    flush = torch.empty(2**30, dtype=torch.int8, device=device) if device == "cuda" else None
     for counted in range(-2, rounds):
         for name, call in calls.items():
             if flush is not None:

@@ -62,6 +62,99 @@ def test_a_step_that_fails_is_reported_and_the_rest_goes_on(tmp_path, monkeypatc
     assert "| breaks | NO |" in (tmp_path / "check.md").read_text()
 
 
+def test_a_case_that_raises_is_named_and_the_others_are_run(monkeypatch):
+    calls = []
+
+    def broken(**arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("an illegal memory access")
+        return BACKENDS["reference"].attend(**arguments)
+
+    monkeypatch.setattr(gpu_check, "resolve_backend", lambda *_: type("Broken", (), {"attend": staticmethod(broken)}))
+    monkeypatch.setattr(gpu_check, "SHAPES", {"nothing kept": gpu_check.SHAPES["nothing kept"]})
+    found = gpu_check.check_attention("cpu", "reference", quick=True)
+    (first, *_), count = gpu_check.cases(quick=True), len(list(gpu_check.cases(quick=True)))
+    assert found["failures"] == [f"{first[0]}: RuntimeError: an illegal memory access"]
+    assert found["cases"] == count > 1
+
+
+def test_a_kernel_that_does_not_repeat_itself_is_found_out():
+    calls = []
+
+    def restless(**arguments):
+        calls.append(1)
+        output, lse = BACKENDS["reference"].attend(**arguments)
+        return output * (1 + 2**-23 * (len(calls) % 2)), lse
+
+    arguments = gpu_check.problem(gpu_check.SHAPES["nothing kept"], 2, 64, torch.float32, "cpu", 0)
+    backend = type("Restless", (), {"attend": staticmethod(restless)})
+    _, fault = gpu_check.attention_case(backend, arguments, torch.float32)
+    assert fault.endswith("not the same the second time")
+    assert gpu_check.attention_case(BACKENDS["reference"], arguments, torch.float32)[1] == ""
+
+
+def ended(monkeypatch, status=0, out="", err=""):
+    """Processes that are not run but end like this; their commands."""
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        if "racecheck" in command:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return subprocess.CompletedProcess(command, status, out, err)
+
+    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    return commands
+
+
+def test_a_step_apart_gives_what_it_found_or_how_it_ended(monkeypatch):
+    found = {"seconds": 1.0, "passed": True, "failures": ["x" * 3000]}
+    commands = ended(monkeypatch, 1, f"noise\nattention: {json.dumps(found)}\n")
+    assert gpu_check.apart("attention", "cuda", True) == found
+    assert commands[0][1:] == ["-m", "tools.gpu_check", "--device", "cuda", "--only", "attention", "--quick"]
+    ended(monkeypatch, -11, "noise\n")
+    crashed = gpu_check.apart("attention", "cuda", False)
+    assert not crashed["passed"]
+    assert "status -11" in crashed["error"]
+    assert crashed["output"] == "noise\n"
+
+
+def test_a_sanitizer_that_hangs_does_not_hide_what_the_others_found(monkeypatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: sys.executable)
+    commands = ended(monkeypatch)
+    found = gpu_check.sanitize("cuda")
+    assert not found["passed"]
+    assert found["tools"].pop("racecheck").startswith("not done")
+    assert found["tools"] == {"memcheck": "clean", "synccheck": "clean", "initcheck": "clean"}
+    filtered = {command[2] for command in commands if "--kernel-name" in command}
+    assert filtered == {"memcheck", "racecheck", "synccheck"}
+
+
+def test_a_benchmark_that_fails_halfway_keeps_its_rows(monkeypatch):
+    ended(monkeypatch, 1, "| 4k | measured |\n", "Traceback: out of memory")
+    found = gpu_check.benchmark("bench_generate")
+    assert not found["passed"]
+    assert "| 4k | measured |" in found["output"]
+    assert "out of memory" in found["output"]
+
+
+def test_what_was_found_is_written_before_the_next_step(tmp_path, monkeypatch):
+    """A machine that is taken away in the middle leaves a report of all that was done."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_check.build, "build", lambda name: Path("library.so"))
+    monkeypatch.setattr(gpu_check, "check_attention", stopped)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu"])
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main()
+    written = json.loads((tmp_path / "gpu_check_on_cpu.json").read_text())
+    assert written["steps"]["build"]["library"] == "library.so"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, "-m", "tools.gpu_check"], cwd=ROOT, capture_output=True, text=True)

@@ -4,8 +4,9 @@
     python -m tools.gpu_check --device cpu --quick   # the same logic on the C++ kernel
 
 Builds the kernels, checks every case against float64, runs a part of them under compute-sanitizer, checks that captured
-decoding gives the tokens of plain decoding, and runs the benchmarks. Writes benchmarks/results/gpu_check.json and .md.
-A step that fails does not stop the next ones; the exit status says whether all passed.
+decoding gives the tokens of plain decoding, and runs the benchmarks. Writes benchmarks/results/gpu_check.json and .md,
+anew after every step. A step that fails, crashes or hangs does not stop the next ones: on a GPU, where one bad access
+breaks all that the process does later, each has a process of its own. The exit status says whether all passed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -20,12 +22,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvzip.attention import build, resolve_backend
+from kvzip.attention import Backend, build, resolve_backend
 from tools.gpu_cases import SHAPES, Shape, plain, problem, real_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +36,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 96, 128, 256)
 GROUPS = (1, 2, 4, 5, 7, 8, 16)
-SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# Only our kernels are instrumented, but for initcheck, which has to see who else writes.
+OURS = ("--kernel-name", "kns=kvzip")
+SANITIZERS = {"memcheck": OURS, "racecheck": OURS, "synccheck": OURS, "initcheck": ()}
+APART = ("attention", "column_max", "decoding", "offload")  # steps with a process of their own
+SECONDS = 3600  # that one of these, a sanitizer or a benchmark may take
 
 
 @dataclass
@@ -52,7 +59,7 @@ class Report:
             traceback.print_exc()
             found = {"passed": False, "error": f"{type(error).__name__}: {error}"}
         self.steps[name] = {"seconds": round(time.perf_counter() - start, 1), **found}
-        print(f"{name}: {json.dumps(self.steps[name])[:2000]}", flush=True)
+        print(f"{name}: {json.dumps(self.steps[name])}", flush=True)
 
     @property
     def passed(self) -> bool:
@@ -74,23 +81,37 @@ def check_attention(device: str, backend_name: str, quick: bool) -> dict[str, An
     worst: dict[str, float] = {}
     failures, count = [], 0
     for index, (name, shape, groups, head_dim, dtype) in enumerate(cases(quick)):
-        arguments = problem(shape, groups, head_dim, dtype, device, index)
-        output, lse = backend.attend(**arguments)
-        again, _ = backend.attend(**arguments)
-        exact, exact_lse = plain(arguments, torch.float64)
-        same, _ = plain(arguments, dtype)
-        real = real_rows(arguments)
-        error = float((output[real].double() - exact[real]).abs().max())
-        times = 2 if shape.bits is None else 4  # scales in queries and weights round once more
-        allowed = times * float((same[real].double() - exact[real]).abs().max()) + 1e-6
-        sums, exact_sums = lse.transpose(1, 2)[real].double(), exact_lse.transpose(1, 2)[real]
-        lse_error = float(torch.where(sums == exact_sums, 0.0, sums - exact_sums).abs().max())  # -inf is -inf
         count += 1
-        worst[str(dtype)] = max(worst.get(str(dtype), 0.0), error / allowed)
-        if not (error <= allowed and lse_error <= 1e-3 and torch.equal(output, again)):
-            failures.append(f"{name}: error {error:.2e} of {allowed:.2e}, lse {lse_error:.2e}")
-    share = {name: round(value, 3) for name, value in worst.items()}
-    return {"passed": not failures, "cases": count, "worst error / allowed": share, "failures": failures[:20]}
+        try:
+            share, fault = attention_case(backend, problem(shape, groups, head_dim, dtype, device, index), dtype)
+        except Exception as error:  # a bad access on a GPU fails all cases from its own on: the first one is named
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        worst[str(dtype)] = max(worst.get(str(dtype), 0.0), share)
+        if fault:
+            failures.append(f"{name}: {fault}")
+    shares = {name: round(value, 3) for name, value in worst.items()}
+    found: dict[str, Any] = {"passed": not failures, "cases": count, "worst error / allowed": shares}
+    return found | {"failed": len(failures), "failures": failures[:20]}
+
+
+def attention_case(backend: Backend, arguments: dict[str, Any], dtype: torch.dtype) -> tuple[float, str]:
+    """Largest error over what is allowed, and what is wrong with the case, empty if nothing is."""
+    output, lse = backend.attend(**arguments)
+    again, _ = backend.attend(**arguments)
+    exact, exact_lse = plain(arguments, torch.float64)
+    same, _ = plain(arguments, dtype)
+    real = real_rows(arguments)
+    error = float((output[real].double() - exact[real]).abs().max())
+    times = 2 if arguments["context"].quantized is None else 4  # scales in queries and weights round once more
+    allowed = times * float((same[real].double() - exact[real]).abs().max()) + 1e-6
+    sums, exact_sums = lse.transpose(1, 2)[real].double(), exact_lse.transpose(1, 2)[real]
+    lse_error = float(torch.where(sums == exact_sums, 0.0, sums - exact_sums).abs().max())  # -inf is -inf
+    repeats = torch.equal(output, again)
+    if error <= allowed and lse_error <= 1e-3 and repeats:
+        return error / allowed, ""
+    other = "" if repeats else ", and not the same the second time"
+    return error / allowed, f"error {error:.2e} of {allowed:.2e}, lse {lse_error:.2e}{other}"
 
 
 def check_column_max(device: str, backend_name: str) -> dict[str, Any]:
@@ -165,10 +186,14 @@ def sanitize(device: str) -> dict[str, Any]:
     if device != "cuda" or not Path(tool).exists():
         return {"passed": True, "skipped": "no GPU" if device != "cuda" else "compute-sanitizer was not found"}
     found = {}
-    for name in SANITIZERS:
-        command = [tool, "--tool", name, "--error-exitcode", "9", "--kernel-name-exclude", "kns=at::"]
+    for name, which in SANITIZERS.items():
+        command = [tool, "--tool", name, "--error-exitcode", "9", *which]
         command += [sys.executable, "-m", "tools.gpu_check", "--device", device, "--quick", "--only", "attention"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            found[name] = f"not done after {SECONDS} seconds"
+            continue
         found[name] = "clean" if done.returncode == 0 else (done.stdout + done.stderr)[-600:]
     return {"passed": all(result == "clean" for result in found.values()), "tools": found}
 
@@ -176,9 +201,20 @@ def sanitize(device: str) -> dict[str, Any]:
 def benchmark(name: str, *arguments: str) -> dict[str, Any]:
     """Run one benchmark script; its table goes to benchmarks/results/."""
     command = [sys.executable, f"benchmarks/{name}.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    tail = (done.stdout if done.returncode == 0 else done.stderr)[-4000:]
-    return {"passed": done.returncode == 0, "command": " ".join(command[1:]), "output": tail}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    passed = done.returncode == 0
+    tail = done.stdout[-4000:] + ("" if passed else done.stderr[-4000:])  # rows that were measured before it failed
+    return {"passed": passed, "command": " ".join(command[1:]), "output": tail}
+
+
+def apart(step: str, device: str, quick: bool) -> dict[str, Any]:
+    """Run a step in a process of its own and return what it found; what it logs goes where ours does."""
+    command = [sys.executable, "-m", "tools.gpu_check", "--device", device, "--only", step, *["--quick"] * quick]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=SECONDS)
+    for line in done.stdout.splitlines():
+        if line.startswith(f"{step}: {{"):
+            return dict(json.loads(line.removeprefix(f"{step}: ")))
+    return {"passed": False, "error": f"ended with status {done.returncode} and said nothing", "output": done.stdout}
 
 
 def facts(device: str) -> dict[str, Any]:
@@ -211,6 +247,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("gpu-check needs a CUDA device, and torch sees none; --device cpu tests its logic")
+    logging.basicConfig()
+    logging.getLogger("kvzip").setLevel(logging.INFO)  # why a step was not captured, which backend was taken
     report, device, name = Report(facts(args.device)), args.device, args.device
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "build": lambda: {"passed": True, "library": build.build(name).name},
@@ -223,11 +261,14 @@ def main() -> None:
     if not args.quick:
         for script in ("bench_decode_attention", "bench_quantized", "bench_generate", "bench_scoring"):
             steps[script] = lambda script=script: benchmark(script, "--device", device)  # type: ignore[misc]
+    if args.only is None and device == "cuda":
+        steps |= {step: partial(apart, step, device, args.quick) for step in APART}
     for step, function in steps.items():
-        if args.only is None or step in args.only:
-            report.run(step, function)
-    if args.only is None and not args.quick:
-        write(report, "gpu_check" if device == "cuda" else "gpu_check_on_cpu")
+        if args.only is not None and step not in args.only:
+            continue
+        report.run(step, function)
+        if args.only is None and not args.quick:
+            write(report, "gpu_check" if device == "cuda" else "gpu_check_on_cpu")
     sys.exit(0 if report.passed else 1)
 
 

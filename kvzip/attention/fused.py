@@ -1,7 +1,7 @@
 """PyTorch's fused attention as the block function: on CPU and CUDA it returns the log-sum-exp that the merge needs.
 
-What is not in its contract (softcap; on CUDA a mask too) is computed by the reference, as part of this backend's
-definition.
+What is not in its contract (softcap; on CUDA a mask or float64 too) is computed by the reference, as part of this
+backend's definition.
 """
 
 from functools import partial
@@ -25,7 +25,8 @@ def block(
 ) -> tuple[Tensor, Tensor]:
     """Attend; see `combine.Block`."""
     on_cpu = rows.device.type == "cpu"
-    if softcap is not None or keys.shape[-1] != values.shape[-1] or not (on_cpu or mask is None):
+    is_plain = on_cpu or (mask is None and rows.dtype != torch.float64)
+    if softcap is not None or keys.shape[-1] != values.shape[-1] or not is_plain:
         return reference.block(rows, keys, values, scaling=scaling, softcap=softcap, mask=mask, causal=causal)
     batch, heads, num_rows, head_dim = rows.shape
     if causal:

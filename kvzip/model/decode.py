@@ -36,6 +36,8 @@ DEFAULT_TOP_K = 50  # transformers' own where sampling is asked for and top_k is
 _WORTH_A_GRAPH = 16  # steps
 _WARM_UP = 2  # steps before the capture
 _CHECK_EVERY = 8  # captured steps between two looks at what they gave, each of which waits for the GPU
+# What torch says of an operation that waits; that the mode which says so is a prototype, it says once in other words.
+_WAITED = "called a synchronizing"
 
 
 @dataclass(frozen=True)
@@ -226,9 +228,10 @@ class _Step:
                 logits = self._forward()
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        waits = [str(one.message) for one in seen if "synchroniz" in str(one.message)]
+        waits = [one for one in seen if _WAITED in str(one.message)]
         if waits:
-            logger.info("decoding without a CUDA graph: a step of this model waits for the GPU (%s)", waits[0])
+            where = f"{waits[0].filename}:{waits[0].lineno}"
+            logger.info("decoding without a CUDA graph: a step of this model waits for the GPU (%s)", where)
             self.captured = False
         return logits
 
