@@ -3,7 +3,7 @@
 from kvzip.head_scores import HeadScores
 from kvzip.kvcache import CaM, KVCache, Merging
 from kvzip.model import Decoding, ModelKVzip
-from kvzip.scoring import Scorer, list_scorers, register
+from kvzip.scoring import LayerScorer, PrefillScorer, Scorer, list_scorers, register
 from kvzip.version import __version__
 
 __all__ = [
@@ -11,8 +11,10 @@ __all__ = [
     "Decoding",
     "HeadScores",
     "KVCache",
+    "LayerScorer",
     "Merging",
     "ModelKVzip",
+    "PrefillScorer",
     "Scorer",
     "__version__",
     "list_scorers",

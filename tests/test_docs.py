@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvzip import ModelKVzip
+from kvzip import ModelKVzip, list_scorers
+from kvzip.scoring import registry
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +18,12 @@ PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *(RO
 def python_blocks(path):
     """The Python code blocks of a Markdown file."""
     return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def what_pages_register_goes(monkeypatch):
+    list_scorers()  # all are imported
+    monkeypatch.setattr(registry._SCORERS, "_classes", dict(registry._SCORERS._classes))
 
 
 def test_add_a_scorer_example_runs():
@@ -30,14 +37,31 @@ def test_add_a_scorer_example_runs():
     assert abs(kv.prune(0.3).ratio - 0.3) < 0.01
 
 
-def test_readme_quick_start_runs(tmp_path, monkeypatch, capsys):
+def test_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,) = python_blocks("README.md")
-    exec(code, {"__name__": "quick_start"})
+    namespace = {"__name__": "readme"}
+    quick_start, own_idea = python_blocks("README.md")
+    exec(quick_start, namespace)
     printed = capsys.readouterr().out
     assert "Lisbon" in printed.splitlines()[0]
     assert re.search(r"kept (29\.[5-9]|30\.\d)%", printed)
     assert (tmp_path / "ctx.safetensors").is_file()
+    exec(own_idea, namespace)
+    answers = dict(line.split(" ", 1) for line in capsys.readouterr().out.splitlines())
+    assert answers.keys() == {"kvzip", "loud_values"}
+    assert "Lisbon" in answers["kvzip"]
+
+
+def test_guide_runs(tmp_path, monkeypatch, capsys):
+    """Its blocks in order, on the bundled model and a book of two sentences."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("Ada Moreno works as a baker. Ada Moreno lives in Lisbon.")
+    namespace = {"__name__": "guide"}
+    for block in python_blocks("docs/guide.md"):
+        exec(block.replace('"qwen2.5-7b"', '"bundled"'), namespace)
+    assert len(capsys.readouterr().out.splitlines()) == 3  # an answer a question
+    assert namespace["output"].shape[1] > namespace["ids"].shape[1]
+    assert namespace["kv"].get_seq_length() < namespace["ids"].shape[1]  # what was appended is gone
 
 
 @pytest.mark.parametrize("path", PAGES)
