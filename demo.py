@@ -8,12 +8,16 @@ answers.
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvzip import ModelKVzip, data
+from kvzip.data.extras import import_extra
+from kvzip.evaluation.asking import Messages, answer_timed, queries
+from kvzip.evaluation.commands import is_mistake, load_model, message
 from kvzip.kvcache import KVCache, format_bytes
+from kvzip.kvcache.selection import check_ratio
 from kvzip.viz import heatmap_png, shaded_html
 
 METHODS = {
@@ -22,6 +26,7 @@ METHODS = {
     "full": "keep everything",
     "no": "no document: what the model says by itself",
 }
+RATIOS = {"kvzip": 0.3, "kvzip_head": 0.6}  # what is kept by methods that prune, unless told otherwise
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,22 +62,54 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def check(args: argparse.Namespace) -> str | None:
+    """Tell mistakes before a model is loaded; return the text of `--context`, None where there is none."""
+    if args.ratio is not None:
+        check_ratio(args.ratio)
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    if not all(question.strip() for question in args.questions or ()):
+        raise ValueError("--questions has an empty one")
+    if args.method in RATIOS:
+        import_extra("matplotlib", "the heat map")
+        if args.out.exists() and not args.out.is_dir():
+            raise ValueError(f"--out {args.out} is not a folder")
+    if args.context is None:
+        return None
+    try:
+        text = args.context.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--context {args.context} is not a UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ValueError(f"--context {args.context} is empty")
+    if not args.questions:
+        raise ValueError("--context needs --questions: what should be asked of it?")
+    return text
+
+
+@dataclass
+class Document:
+    """A text, the questions as they are shown and as they are asked, and right answers where they are known."""
+
+    context: str
+    questions: list[str]
+    asked: Sequence[str | Messages]
+    right: list[list[str]] | None = None
+
+
 @dataclass
 class Answers:
-    """One column of the answers: text of each answer, and milliseconds a generated token over all of them."""
+    """One column of the answers: text of each answer, and milliseconds a decoding step, None where there was none."""
 
     texts: list[str]
-    ms_per_token: float
+    ms_per_token: float | None
 
 
-def ask(model: ModelKVzip, questions: list[str], kv: KVCache | None, max_new_tokens: int) -> Answers:
+def ask(model: ModelKVzip, document: Document, kv: KVCache | None, max_new_tokens: int) -> Answers:
     """Ask each question by itself."""
-    texts, tokens, start = [], 0, time.perf_counter()
-    for question in questions:
-        ids = model.generate(question, kv=kv, max_new_tokens=max_new_tokens, return_ids=True)
-        texts.append(model.decode(ids).strip())
-        tokens += len(ids) + 1
-    return Answers(texts, 1e3 * (time.perf_counter() - start) / tokens)
+    found = [answer_timed(model, kv, [query], max_new_tokens=max_new_tokens) for query in document.asked]
+    seconds, steps = sum(one.decode_seconds for one in found), sum(one.steps for one in found)
+    return Answers([one.texts[0].strip() for one in found], 1e3 * seconds / steps if steps else None)
 
 
 def timed(step: Callable[[], object]) -> tuple[object, float]:
@@ -82,17 +119,15 @@ def timed(step: Callable[[], object]) -> tuple[object, float]:
     return result, time.perf_counter() - start
 
 
-def document(args: argparse.Namespace, model: ModelKVzip) -> tuple[str, list[str], list[list[str]] | None]:
-    """The document, the questions, and right answers where they are known."""
-    if args.context is not None:
-        text = args.context.read_text(encoding="utf-8")
-        if not args.questions:
-            raise ValueError("--context needs --questions: what should be asked of it?")
-        return text, args.questions, None
-    record = data.generate(
-        args.exam, args.seed, split="test", tokens=args.tokens, count_tokens=model.tokenizer, num_questions=6
-    )
-    return record.context, args.questions or record.questions, None if args.questions else record.answers
+def make_document(args: argparse.Namespace, model: ModelKVzip, text: str | None) -> Document:
+    """The user's own `text`, or a generated one."""
+    if text is not None:
+        return Document(text, args.questions, args.questions)
+    options = {"seed": args.seed, "tokens": args.tokens, "count_tokens": model.tokenizer}
+    record = next(data.load(args.exam, num=1, **options))
+    if args.questions:
+        return Document(record.context, args.questions, args.questions)
+    return Document(record.context, record.questions, queries(record), record.answers)
 
 
 def compress(args: argparse.Namespace, model: ModelKVzip, context: str) -> tuple[KVCache, KVCache, list[str]]:
@@ -104,62 +139,74 @@ def compress(args: argparse.Namespace, model: ModelKVzip, context: str) -> tuple
     if args.method == "kvzip":
         _, seconds = timed(lambda: model.score(pruned, "kvzip"))
         lines.append(f"scoring   {seconds:8.2f} s   by context reconstruction")
-    if args.method in ("kvzip", "kvzip_head"):
-        ratio = args.ratio if args.ratio is not None else (0.3 if args.method == "kvzip" else 0.6)
+    if args.method in RATIOS:
+        ratio = RATIOS[args.method] if args.ratio is None else args.ratio
         _, seconds = timed(lambda: pruned.prune(ratio))
         lines.append(f"pruning   {seconds:8.2f} s   to {pruned.ratio:.1%} of the pairs, level {pruned.level!r}")
     lines.append(f"KV cache  {format_bytes(kv.nbytes)} -> {format_bytes(pruned.nbytes)}")
     return kv, pruned, lines
 
 
-def show(exam: str, questions: list[str], columns: dict[str, Answers], right: list[list[str]] | None) -> None:
+def show(exam: str, document: Document, columns: dict[str, Answers]) -> None:
     """Print the answers side by side."""
-    for i, question in enumerate(questions):
+    right = document.right
+    for i, question in enumerate(document.questions):
         print(f"\nQ: {question}" + (f"   [{right[i][0]}]" if right else ""))
         for name, answers in columns.items():
             mark = ""
             if right:
                 mark = "✓ " if data.score(exam, answers.texts[i], right[i]) == 1 else "✗ "
             print(f"   {name:<12} {mark}{answers.texts[i]!r}")
-    print("\nms per token: " + ", ".join(f"{name} {answers.ms_per_token:.1f}" for name, answers in columns.items()))
+    times = {name: answers.ms_per_token for name, answers in columns.items()}
+    shown = (f"{name} {'-' if time is None else f'{time:.1f}'}" for name, time in times.items())
+    print(f"\nms per token: {', '.join(shown)}")
     if right:
         counts = {
             name: sum(data.score(exam, text, right[i]) == 1 for i, text in enumerate(answers.texts))
             for name, answers in columns.items()
         }
-        print("right answers: " + ", ".join(f"{name} {count}/{len(questions)}" for name, count in counts.items()))
+        print("right answers: " + ", ".join(f"{name} {count}/{len(right)}" for name, count in counts.items()))
 
 
 def run(args: argparse.Namespace) -> None:
-    model, seconds = timed(lambda: ModelKVzip(args.model))
+    text = check(args)
+    model, seconds = timed(lambda: load_model(args.model))
     assert isinstance(model, ModelKVzip)
     print(f"{model}\nload      {seconds:8.2f} s")
-    context, questions, right = document(args, model)
-    columns = {}
+    document = make_document(args, model, text)
+    columns, pruned = {}, None
     if args.method != "no":
-        full, pruned, lines = compress(args, model, context)
+        full, pruned, lines = compress(args, model, document.context)
         print("\n".join(lines))
         print(f"\n{pruned}")
-        columns["full"] = ask(model, questions, full, args.max_new_tokens)
-        if args.method != "full":
-            columns[f"kept {pruned.ratio:.0%}"] = ask(model, questions, pruned, args.max_new_tokens)
-            args.out.mkdir(parents=True, exist_ok=True)
-            heatmap_png(pruned, args.out / "heatmap.png")
-            shaded_html(pruned, args.out / "kept.html", model.decode)
-    columns["no document"] = ask(model, questions, None, args.max_new_tokens)
-    show(args.exam, questions, columns, right)
-    if args.method.startswith("kvzip"):
+        columns["full"] = ask(model, document, full, args.max_new_tokens)
+        if args.method in RATIOS:
+            columns[f"kept {pruned.ratio:.0%}"] = ask(model, document, pruned, args.max_new_tokens)
+    columns["no document"] = ask(model, document, None, args.max_new_tokens)
+    show(args.exam, document, columns)
+    if pruned is not None and args.method in RATIOS:
+        args.out.mkdir(parents=True, exist_ok=True)
+        heatmap_png(pruned, args.out / "heatmap.png")
+        shaded_html(pruned, args.out / "kept.html", model.decode)
         print(f"pictures: {args.out / 'heatmap.png'}, {args.out / 'kept.html'}")
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     try:
         run(args)
-    except (ValueError, OSError) as error:
-        print(f"demo.py: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        return told("interrupted", 130)
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        return told(message(error), 2)
     return 0
+
+
+def told(message: str, status: int) -> int:
+    print(f"demo.py: {message}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

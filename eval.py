@@ -106,7 +106,7 @@ def report_parser() -> Parser:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    from kvzip import ModelKVzip
+    from kvzip.evaluation.commands import load_model
     from kvzip.evaluation.shards import Shard
     from kvzip.evaluation.sweep import Sweep, run
     from kvzip.kvcache.store import CHOICES
@@ -143,7 +143,7 @@ def sweep(args: argparse.Namespace) -> None:
     for source in plan.sources():
         source.check()
     folder = args.output or Path("results") / re.sub(r"[^\w.+=]+", "-", f"{args.model}_{args.data}").strip("-")
-    model = ModelKVzip(args.model, dtype=args.dtype, backend=args.backend, **where)
+    model = load_model(args.model, dtype=args.dtype, backend=args.backend, **where)
     written = run(model, plan, folder, shard, quiet=args.quiet)
     of = f" of shard {shard.index} of {shard.count}" if shard.count > 1 else ""
     print(f"{written} new lines{of} in {folder}; see them with: python eval.py report {folder}")
@@ -179,7 +179,8 @@ def print_report(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     # --max_context is --max-context.
     arguments = [
-        re.sub("(?<!^)_", "-", one) if re.fullmatch(r"--\w+(-\w+)*", one) else one for one in argv or sys.argv[1:]
+        re.sub("(?<!^)_", "-", one) if re.fullmatch(r"--\w+(-\w+)*", one) else one
+        for one in (sys.argv[1:] if argv is None else argv)
     ]
     wants_report = arguments[:1] == ["report"]
     args = report_parser().parse_args(arguments[1:]) if wants_report else sweep_parser().parse_args(arguments)
@@ -188,20 +189,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return told("interrupted; what is computed is kept, the same command goes on", 130)
     except Exception as error:
-        if args.debug or not is_a_mistake(error):
+        from kvzip.evaluation.commands import is_mistake, message
+
+        if args.debug or not is_mistake(error):
             raise
-        named = isinstance(error, OSError) and error.strerror and error.filename
-        return told(f"{error.strerror}: {error.filename}" if named else " ".join(str(error).split()), 2)
+        return told(message(error), 2)
     return 0
-
-
-def is_a_mistake(error: Exception) -> bool:
-    """Whether an error's message says what to do; all others are ours, and come with their origin."""
-    import torch
-
-    from kvzip.attention.build import KernelsUnavailable
-
-    return isinstance(error, ValueError | OSError | ImportError | KernelsUnavailable | torch.OutOfMemoryError)
 
 
 def told(message: str, status: int) -> int:

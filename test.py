@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:  # what needs torch is imported in functions: a wrong flag is told at once, and Ctrl-C in one line
     import torch
 
-    from kvzip import ModelKVzip
     from kvzip.evaluation.profile import Profile
 
 EXAMPLES = """examples:
@@ -71,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-m", "--model", default="bundled", help="bundled, an alias such as qwen2.5-7b, a folder or a hub id (bundled)")
     add("-d", "--data", default="facts", metavar="NAME[:TOKENS],...", help="datasets, see below (facts)")
     add("--idx", type=int, default=0, metavar="N", help="index of the first context (0)")
-    add("--num", type=int, default=1, metavar="N", help="contexts of each dataset (1)")
+    add("--num", type=int, default=1, metavar="N", help="contexts of each dataset at most (1)")
     add("--seed", type=int, default=42, metavar="N", help="of generated data (42)")
     add("--data_dir", type=Path, metavar="DIR", help="folder of local dataset files (none: generated, or from the hub)")
     add("-r", "--ratio", type=float, default=0.3, help="fraction of the KV pairs KEPT, in (0, 1] (0.3)")
@@ -111,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
     """Profile what `args` ask for."""
     from kvzip.data.extras import import_extra
     from kvzip.data.registry import resolve
+    from kvzip.evaluation.commands import load_model
     from kvzip.evaluation.meter import Meter
     from kvzip.evaluation.profile import Profile, Settings, about
     from kvzip.evaluation.profiler import profile_context, warm_up
@@ -145,7 +145,8 @@ def run(args: argparse.Namespace) -> None:
         source.check()
     meter = Meter(devices)
     view = None if args.json == "-" else View(meter)
-    model = load_model(args)
+    where = {"device_map": args.device_map} if args.device_map else {"device": args.device}
+    model = load_model(args.model, backend=args.backend, dtype=args.dtype, **where)
     facts = {**about(model), "data": args.data, "seed": args.seed}
     profile = Profile(facts, meter.names, settings, [meter.stop("load")], [])
     samples = [sample for source in sources(model.tokenizer) for sample in source.samples()]
@@ -155,7 +156,10 @@ def run(args: argparse.Namespace) -> None:
     warm_up(model, samples[0].record(), settings)
     profile.stages.append(meter.stop("warm-up"))
     for sample in samples:
-        profile.contexts.append(profile_context(model, sample, settings, meter))
+        try:
+            profile.contexts.append(profile_context(model, sample, settings, meter))
+        except ValueError as error:
+            raise ValueError(f"{sample}: {error}") from error
         if view:
             view.add(profile)
     if view:
@@ -164,7 +168,10 @@ def run(args: argparse.Namespace) -> None:
         save_head_scores(profile, path)
     if args.json is not None:
         text = json.dumps(profile.to_json(), indent=2, ensure_ascii=False) + "\n"
-        sys.stdout.write(text) if args.json == "-" else Path(args.json).write_text(text, encoding="utf-8")
+        if args.json == "-":
+            sys.stdout.write(text)
+        else:
+            write(args.json, text)
 
 
 def find_devices(args: argparse.Namespace) -> list[torch.device]:
@@ -187,25 +194,6 @@ def find_devices(args: argparse.Namespace) -> list[torch.device]:
     return [device]
 
 
-def load_model(args: argparse.Namespace) -> ModelKVzip:
-    """Load the model.
-
-    Raises:
-        ValueError: whatever went wrong: transformers raises anything for a broken or unreachable model.
-    """
-    from transformers.utils import logging
-
-    from kvzip import ModelKVzip
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    where = {"device_map": args.device_map} if args.device_map else {"device": args.device}
-    try:
-        return ModelKVzip(args.model, backend=args.backend, dtype=args.dtype, **where)
-    except Exception as error:
-        raise ValueError(f"cannot load model {args.model!r}: {message(error)}") from error
-
-
 def head_scores_path(args: argparse.Namespace) -> str | None:
     """Where head scores go, None = nowhere."""
     if args.save_head_score is not True:
@@ -223,6 +211,14 @@ def check_folder(file: str | None) -> None:
             raise UsageError(
                 f"cannot write {file!r}: " + ("it is a folder" if path.is_dir() else "its folder is missing")
             )
+
+
+def write(file: str, text: str) -> None:
+    """Write a file; on a full disk, too, the error names it."""
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"cannot write {file!r}: {error.strerror}") from error
 
 
 def save_head_scores(profile: Profile, path: str) -> None:
@@ -244,24 +240,12 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit: nobody reads any more
         return 1
     except Exception as error:
+        from kvzip.evaluation.commands import is_mistake, message
+
         if args.debug or not is_mistake(error):
             raise
         return told(message(error), 2 if isinstance(error, UsageError) else 1)
     return 0
-
-
-def is_mistake(error: Exception) -> bool:
-    """Whether the message says what to do; all other errors are ours, and come with their origin."""
-    from torch import OutOfMemoryError
-
-    return isinstance(error, (ValueError, OSError, ImportError, OutOfMemoryError))
-
-
-def message(error: Exception) -> str:
-    """What an error says, on one line."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: {error.filename}"
-    return " ".join(str(error).split())
 
 
 def told(message: str, status: int) -> int:

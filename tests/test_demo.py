@@ -1,15 +1,13 @@
 """demo.py does what its help says."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import demo
-
-ROOT = Path(__file__).parent.parent
+from kvzip import ModelKVzip
+from kvzip.evaluation.asking import Answers
 
 
 def run(*arguments, capsys):
@@ -49,23 +47,76 @@ def test_own_document_and_questions(tmp_path, capsys):
     assert "Lisbon" in printed
 
 
+@pytest.mark.parametrize(("exam", "tokens"), [("needle", "100"), ("niah_single_1", "400")])
+def test_exams_of_one_question_and_with_a_beginning_of_the_answer(exam, tokens, tmp_path, capsys):
+    printed = run("-m", "full", "--exam", exam, "--tokens", tokens, "--max-new-tokens", "4", capsys=capsys)
+    assert printed.count("\nQ: ") == 1
+    assert "right answers: full" in printed
+
+
+def test_an_exam_of_the_benchmark_is_asked_as_the_benchmark_does(monkeypatch):
+    asked, made = [], Answers(["1"], tokens=[1], question_seconds=0.0, decode_seconds=0.5, steps=2)
+    monkeypatch.setattr(demo, "answer_timed", lambda model, kv, queries, **_: asked.extend(queries) or made)
+    model = ModelKVzip()
+    args = demo.parse_args(["--exam", "niah_single_1", "--tokens", "400"])
+    document = demo.make_document(args, model, None)
+    assert demo.ask(model, document, None, 3) == demo.Answers(["1"], 250.0)
+    assert asked[0][0]["content"] == document.questions[0]
+    assert asked[0][1]["role"] == "assistant"
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Files that are no documents, in the folder where the demo runs."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text(" \n")
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("model").mkdir()
+    Path("model/config.json").write_text('{"model_type": "llama"')
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--ratio", "1.5"], "ratio must be"),
+        (["--ratio", "0"], "ratio must be"),
+        (["-m", "full", "--ratio", "nan"], "ratio must be"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--tokens", "3"], "3 tokens"),
+        (["--questions", "Who?", " "], "--questions has an empty one"),
         (["--model", "bundeld"], "did you mean 'bundled'"),
+        (["--model", "model"], "cannot load model 'model'"),
         (["--context", "nowhere.txt", "--questions", "q"], "nowhere.txt"),
+        (["--context", "model", "--questions", "q"], "Is a directory: model"),
+        (["--context", "empty.txt", "--questions", "q"], "--context empty.txt is empty"),
+        (["--context", "latin.txt", "--questions", "q"], "--context latin.txt is not a UTF-8 text"),
+        (["--context", "latin.txt"], "latin.txt"),
+        (["--out", "empty.txt"], "--out empty.txt is not a folder"),
     ],
 )
-def test_mistakes_give_one_line_and_a_status(arguments, message, tmp_path):
-    command = [sys.executable, str(ROOT / "demo.py"), "--out", str(tmp_path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_mistakes_give_one_line_and_a_status(arguments, message, files, capsys):
+    assert demo.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.startswith("demo.py: ")
+    assert told.count("\n") == 1
 
 
-def test_help_names_every_method():
-    done = subprocess.run([sys.executable, str(ROOT / "demo.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert all(method in done.stdout for method in demo.METHODS)
+def test_interrupted(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "load_model", lambda name: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert demo.main([]) == 130
+    assert capsys.readouterr().err == "demo.py: interrupted\n"
+
+
+def test_ours_are_not_told_as_the_users_mistakes(monkeypatch):
+    monkeypatch.setattr(demo, "run", lambda args: {}["ours"])
+    with pytest.raises(KeyError):
+        demo.main([])
+
+
+def test_help_names_every_method(capsys):
+    with pytest.raises(SystemExit) as left:
+        demo.main(["--help"])
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(method in printed for method in demo.METHODS)

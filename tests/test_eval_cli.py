@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import eval as cli
 from kvzip.evaluation import sweep
 from kvzip.evaluation.merge import merge
 from kvzip.evaluation.shards import Shard
+from kvzip.model.loading import bundled_path
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["-d", "facts:60", "--scorer", "random,knorm", "--ratio", "0.5,1.0", "-n", "3"]
@@ -105,6 +107,40 @@ def test_going_on_with_other_settings_is_refused(whole, capsys):
     assert "seed=42, this run has 7" in capsys.readouterr().err
 
 
+def test_weights_that_are_cut_are_told(tmp_path, capsys):
+    model = shutil.copytree(bundled_path(), tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"cut")
+    assert cli.main([*SMALL, "--model", str(model), "-o", str(tmp_path)]) == 2
+    assert f"eval.py: cannot load model '{model}'" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_results_of_another_name_are_told(whole, tmp_path, capsys):
+    for path in whole.glob("shard-*"):
+        shutil.copy(path, tmp_path / f"mine{path.suffix}")
+    assert cli.main(["report", str(tmp_path / "mine.jsonl")]) == 2
+    assert "called shard-INDEX-of-COUNT, such as shard-000-of-001; got 'mine'" in capsys.readouterr().err
+
+
+def test_a_mistake_that_shows_late_does_not_occupy_the_folder(tmp_path, capsys):
+    assert cli.main([*SMALL, "--scorer", "kvzap", "-o", str(tmp_path)]) == 2
+    assert "kvzap" in capsys.readouterr().err
+    assert cli.main([*SMALL, "-n", "1", "-o", str(tmp_path)]) == 0
+
+
+def test_where_everything_was_left_out_the_report_says_so(tmp_path, capsys):
+    assert cli.main([*SMALL, "--max-context", "5", "-o", str(tmp_path)]) == 0
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "3 contexts of facts:60 have more than 5 tokens and were left out" in capsys.readouterr().err
+
+
+def test_no_arguments_are_those_of_the_caller(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--num", "0"])
+    monkeypatch.setattr(cli, "sweep", seen.append)
+    assert cli.main([]) == 0
+    assert seen[0].num == 100
+
+
 def test_interrupted(monkeypatch, tmp_path, capsys):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
@@ -120,6 +156,7 @@ def test_interrupted(monkeypatch, tmp_path, capsys):
     [
         (["--scorer", "kvzop"], "did you mean 'kvzip'"),
         (["--scorer", "knorm(size=3)"], "no setting 'size'"),
+        (["--scorer", "finch"], "scorer 'finch' scores a context for one question"),
         (["-d", "factz"], "did you mean 'facts'"),
         (["-d", "facts:none"], "'none' in 'facts:none' is no number of tokens"),
         (["-d", "facts:3"], "no fact fits into 3 tokens"),

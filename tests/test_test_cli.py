@@ -26,7 +26,7 @@ def cli():
 
 
 def run(*arguments, cwd):
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, cwd=cwd, timeout=300)
 
 
 def status_of(cli, *arguments):
@@ -105,6 +105,7 @@ USAGE = [
     (["--level", "pear"], "did you mean 'pair'"),
     (["--scorer", "kvzup"], "did you mean 'kvzip'"),
     (["--scorer", "snapkv(windw=3)"], "has no setting 'windw'"),
+    (["--scorer", "finch"], "scorer 'finch' scores a context for one question"),
     (["--model", "bundeld"], "did you mean 'bundled'"),
     (["--model", "./nowhere"], "./nowhere"),
     (["--data", "fact"], "did you mean 'facts'"),
@@ -145,6 +146,7 @@ def test_what_cannot_be_read_gives_one_line_and_status_1(cli, tmp_path, capsys):
         (["--model", broken_model(tmp_path / "model")], "cannot load model"),
         (["--data", "squad", "--data_dir", nowhere], nowhere),
         (["--data", "facts:1"], "ask for a longer context"),
+        (["--data", "facts:9k"], "facts:9216, sample 0: context and query have"),
         (["--load_score", "nothing.json"], "no head scores 'nothing.json'"),
         (["--backend", "cuda", "--device", "cpu"], "backend 'cuda' computes on cuda"),
     ]
@@ -153,6 +155,11 @@ def test_what_cannot_be_read_gives_one_line_and_status_1(cli, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert message in err
         assert (err.count("\n"), out) == (1, "")
+
+
+def test_a_full_disk_is_told_with_the_files_name(cli, capsys):
+    with pytest.raises(OSError, match="cannot write '/dev/full': No space left"):
+        cli.write("/dev/full", "text")
 
 
 def test_debug_shows_where_an_error_comes_from(cli):

@@ -21,9 +21,19 @@ def split_sentences(text: str) -> list[str]:
 
 @cache
 def read_essays(folder: Path) -> tuple[str, ...]:
-    """Return the sentences of all `*.txt` in `folder`, in the order of the names of the files; empty without any."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
-    return tuple(sentence for text in texts for sentence in split_sentences(text))
+    """Return the sentences of all `*.txt` in `folder`, in the order of the names of the files; empty without any.
+
+    Raises:
+        ValueError: a file that is no UTF-8 text.
+    """
+    return tuple(sentence for path in sorted(folder.glob("*.txt")) for sentence in split_sentences(_read(path)))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a UTF-8 text: {error}") from error
 
 
 def essays_of(options: Options) -> tuple[str, ...] | None:
@@ -31,11 +41,23 @@ def essays_of(options: Options) -> tuple[str, ...] | None:
 
     The `*.txt` of the first of these folders that has any are read: niah/PaulGrahamEssays, PaulGrahamEssays, and
     `data_dir` itself. A `data_dir` without essays is reported in the log, for other sentences take their place.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: an essay that is no UTF-8 text.
     """
     if options.data_dir is None:
         return None
+    if not Path(options.data_dir).is_dir():
+        raise FileNotFoundError(f"--data-dir {options.data_dir} is not a folder; leave it away for neutral sentences")
     for folder in _FOLDERS:
         if sentences := read_essays(Path(options.data_dir) / folder):
             return sentences
-    _log.warning("no essays (*.txt) under %s: the haystack is written from neutral sentences", options.data_dir)
+    _tell_missing(Path(options.data_dir))
     return None
+
+
+@cache
+def _tell_missing(folder: Path) -> None:
+    """Say it once, not for every record."""
+    _log.warning("no essays (*.txt) under %s: the haystack is written from neutral sentences", folder)

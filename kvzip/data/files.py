@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -97,7 +97,7 @@ class Source:
 
     Attributes:
         files: names of local files, below the data folder or below `folder` in it; patterns with `*` are allowed. The
-            first that is there is read.
+            first that is there is read; where none is, one with another of the endings `READERS` will do.
         hub: id of the dataset on the hub.
         origin: where a user gets the files from.
         folder: folder of the data folder to look into first.
@@ -134,13 +134,14 @@ class Source:
         if not data_dir.is_dir():
             what = "is not a folder" if data_dir.exists() else "does not exist"
             raise FileNotFoundError(f"--data-dir {data_dir} {what}; expected a folder with {self._wanted()}")
-        for name in self.files:
+        others = (name.removesuffix(Path(name).suffix) + ending for name in self.files for ending in READERS)
+        for name in (*self.files, *others):
             for folder in dict.fromkeys((data_dir / self.folder, data_dir)):
                 if found := sorted(path for path in folder.glob(name) if path.is_file()):
                     return found[0]
         raise FileNotFoundError(
-            f"none of {self._wanted()} in {data_dir}; get the file from {self.origin} and point --data-dir to its "
-            f"folder, or leave --data-dir away to load {self.hub!r} from the hub"
+            f"none of {self._wanted()} in {data_dir} (endings: {', '.join(READERS)}); get the file from {self.origin} "
+            f"and point --data-dir to its folder, or leave --data-dir away to load {self.hub!r} from the hub"
         )
 
     def _wanted(self) -> str:
@@ -173,10 +174,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         ValueError: another ending, or contents that cannot be understood; names file and line.
     """
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: unknown ending {path.suffix!r}; expected one of {tuple(readers)}")
-    rows = readers[path.suffix](path)
+    if path.suffix not in READERS:
+        raise ValueError(f"{path}: unknown ending {path.suffix!r}; expected one of {tuple(READERS)}")
+    rows = READERS[path.suffix](path)
     first = next(rows, None)
     if first is None:
         raise ValueError(f"{path} has no rows")
@@ -221,6 +221,8 @@ def _parse(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, " if "\n" in text.strip() else ""
         raise ValueError(f"{where}: not JSON: {error.msg} ({place}column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists ...
+        raise ValueError(f"{where}: not JSON that can be read: {error}") from error
 
 
 def _row(values: Any, where: str) -> Row:
@@ -240,6 +242,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     yield Row(values, f"{path}, row {number}")
     except (OSError, import_extra("pyarrow", "parquet").ArrowException) as error:
         raise ValueError(f"{path} is not a parquet file: {error}") from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
 
 
 def chosen(items: Iterable[T], options: Options) -> Iterator[T]:

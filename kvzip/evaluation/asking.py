@@ -14,8 +14,21 @@ from torch import nn
 from kvzip.data import Record
 from kvzip.kvcache import KVCache
 from kvzip.model import ModelKVzip
+from kvzip.scoring import Scorer, get_scorer
 
 Messages = list[dict[str, str]]
+
+
+def check_scorer(scorer: str) -> Scorer:
+    """Return the scorer of this name, for contexts that are compressed before any question is known.
+
+    Raises:
+        ValueError: unknown name or setting, or a method that scores for one question.
+    """
+    found = get_scorer(scorer)
+    if found.needs.startswith("a query"):
+        raise ValueError(f"scorer {scorer!r} scores a context for one question; here contexts are compressed for all")
+    return found
 
 
 @dataclass(frozen=True)
@@ -74,14 +87,20 @@ def ask_timed(
     model: ModelKVzip, kv: KVCache | None, record: Record, indices: Sequence[int] | None = None, **generate: Any
 ) -> Answers:
     """Do as `ask` and measure; see `Answers`."""
-    options = {"max_new_tokens": record.max_new_tokens, **generate}
+    return answer_timed(model, kv, queries(record, indices), **{"max_new_tokens": record.max_new_tokens, **generate})
+
+
+def answer_timed(
+    model: ModelKVzip, kv: KVCache | None, asked: Sequence[str | Messages], *, max_new_tokens: int, **generate: Any
+) -> Answers:
+    """Put `asked`, as `queries` gives it, at once and measure; see `Answers`."""
     start = time.perf_counter()
     with _watched(model.model) as forwards:
-        found: Any = model.generate(queries(record, indices), kv=kv, return_ids=True, **options)
+        found: Any = model.generate(list(asked), kv=kv, return_ids=True, max_new_tokens=max_new_tokens, **generate)
     seconds = time.perf_counter() - start
     tokens = [len(ids) for ids in found]
     # A captured step runs without hooks. An answer's end, too, takes a step, unless the answer was cut off.
-    steps = max(forwards.steps, min(max(tokens), options["max_new_tokens"] - 1))
+    steps = max(forwards.steps, min(max(tokens), max_new_tokens - 1))
     return Answers([model.decode(ids) for ids in found], tokens, forwards.seconds, seconds - forwards.seconds, steps)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from kvzip.evaluation.lines import Key, Line, read_lines
 from kvzip.evaluation.results import difference, read_state
+from kvzip.evaluation.shards import Shard
 
 # Settings in which sweeps in one report may differ: they say what is compared, not how.
 AXES = ("data", "scorers", "levels", "ratios", "bits", "head_scores")
@@ -71,7 +72,7 @@ def merge(paths: Iterable[Path]) -> Results:
         if len(values) > 1:
             notes.append(f"made with different {what}: {', '.join(values)}")
     if not seen:
-        raise ValueError(f"nothing was computed yet in {', '.join(settings)}")
+        raise ValueError("; ".join([f"nothing was computed yet in {', '.join(settings)}", *notes]))
     return Results([seen[key][0] for key in sorted(seen)], settings, runs, notes)
 
 
@@ -98,7 +99,9 @@ def _folders(paths: Iterable[Path]) -> dict[Path, list[Path]]:
 
 def _common(states: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     """The settings of a folder, and "shards", which all of its files agree in."""
-    all_settings = {file: {**state["settings"], "shards": _count(file)} for file, state in states.items()}
+    all_settings = {
+        file: {**state["settings"], "shards": Shard.named(file.stem).count} for file, state in states.items()
+    }
     (first, one), *others = all_settings.items()
     for file, other in others:
         name = difference(one, other)
@@ -108,10 +111,6 @@ def _common(states: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
                 f"{other.get(name)!r} in the other"
             )
     return {name: value for name, value in one.items() if name != "shards"}
-
-
-def _count(file: Path) -> int:
-    return int(file.stem.rpartition("-")[2])
 
 
 def _whole(file: Path, notes: list[str]) -> Iterable[Line]:
@@ -141,8 +140,9 @@ def _missing(
     folder: Path, settings: Mapping[str, Any], states: Mapping[Path, Mapping[str, Any]], lines: Sequence[Line]
 ) -> list[str]:
     """Shards and samples that are not there, and contexts that were left out."""
-    count = _count(next(iter(states)))
-    absent = sorted(set(range(count)) - {int(file.stem.split("-")[1]) for file in states})
+    shards = [Shard.named(file.stem) for file in states]
+    count = shards[0].count
+    absent = sorted(set(range(count)) - {shard.index for shard in shards})
     notes = [f"{folder}: shard {_some(absent)} of {count} is missing"] if absent else []
     notes += [f"{folder}: {file.stem} is not finished" for file, state in states.items() if "finished" not in state]
     curves = len(settings["scorers"]) * (len(settings["levels"]) or 1) + bool(settings["head_scores"])

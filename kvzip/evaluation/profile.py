@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvzip.evaluation import environment
+from kvzip.evaluation.asking import check_scorer
 from kvzip.evaluation.diagnostics import AnswerChange
 from kvzip.evaluation.meter import Stage, summed
 from kvzip.head_scores import HeadScores
@@ -48,7 +49,7 @@ class Settings:
         check_ratio(self.ratio)
         check_bits(self.bits)
         check_kv_type(self.kv_type)
-        level = "head" if self.load_score else get_scorer(self.scorer).level
+        level = "head" if self.load_score else check_scorer(self.scorer).level
         object.__setattr__(self, "level", self.level or level)
         if get_level(str(self.level)).name != "head" and self.load_score:
             raise ValueError(

@@ -17,6 +17,7 @@ from kvzip.evaluation.shards import Shard
 from kvzip.kvcache.store import FULL
 
 FORMAT = "kvzip-results/1"
+_NEEDED = ("data", "scorers", "levels", "ratios", "head_scores", "start", "max_context")  # settings that reports read
 
 
 class ResultsFile:
@@ -133,10 +134,16 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is damaged: not JSON") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not of a ratio sweep (format {FORMAT!r})")
+    for name, kind in (("settings", dict), ("runs", list)):
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"{path} is damaged: it has no {name!r}")
+    for name in _NEEDED:
+        if name not in state["settings"]:
+            raise ValueError(f"{path} is damaged: its settings have no {name!r}")
     state["settings"].setdefault("bits", [FULL])
     return state
 
@@ -150,15 +157,18 @@ def difference(one: Mapping[str, Any], other: Mapping[str, Any], leave_out: Iter
 def _check_folder(folder: Path, shard: Shard, settings: Mapping[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     for path in sorted(folder.glob("shard-*-of-*.json")):
-        count = int(path.stem.rpartition("-")[2])
+        count = Shard.named(path.stem).count
         if count != shard.count:
             raise ValueError(
                 f"{folder} has results of a run in {count} shards, this one has {shard.count}: start the same number "
                 "(or name one with --shard), or choose another output folder"
             )
-        there = read_state(path)["settings"]
+        state = read_state(path)
+        there, lines = state["settings"], path.with_suffix(".jsonl")
         name = difference(there, settings)
-        if name is not None:
+        # A run that was stopped before its first line, by a mistake in its settings perhaps, says nothing.
+        is_started = "finished" in state or (lines.exists() and lines.stat().st_size > 0)
+        if name is not None and is_started:
             raise ValueError(
                 f"{folder} has results with {name}={there.get(name)!r}, this run has {settings.get(name)!r}: resume "
                 "with the same settings, or choose another output folder"

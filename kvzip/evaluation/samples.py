@@ -74,7 +74,11 @@ class Source:
         """The records of a dataset that is read from files: all at once, which shows early what is wrong with them."""
         if self.dataset.generate is not None:
             return None
-        return list(self._load(num=self.num, start=self.start))
+        records = list(self._load(num=self.num, start=self.start))
+        for index, record in enumerate(records, self.start):
+            if not record.context.strip():
+                raise ValueError(f"{self.label}, sample {index}: its context is empty")
+        return records
 
     @cached_property
     def _count(self) -> int:

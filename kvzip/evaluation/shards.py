@@ -35,6 +35,18 @@ class Shard:
         return f"shard-{self.index:03d}-of-{self.count:03d}"
 
     @classmethod
+    def named(cls, name: str) -> Shard:
+        """Read `name` back.
+
+        Raises:
+            ValueError: not such a name.
+        """
+        match = re.fullmatch(r"shard-(\d+)-of-(\d+)", name)
+        if match is None:
+            raise ValueError(f"results are called shard-INDEX-of-COUNT, such as {cls().name}; got {name!r}")
+        return cls(int(match[1]), int(match[2]))
+
+    @classmethod
     def parse(cls, text: str) -> Shard:
         """Read "INDEX/COUNT", such as "0/4".
 

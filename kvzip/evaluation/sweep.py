@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kvzip.data import Record
 from kvzip.data.registry import resolve
 from kvzip.evaluation import environment
-from kvzip.evaluation.asking import ask_timed
+from kvzip.evaluation.asking import ask_timed, check_scorer
 from kvzip.evaluation.lines import Cell, Line
 from kvzip.evaluation.results import ResultsFile
 from kvzip.evaluation.samples import Sample, Source
@@ -106,11 +106,11 @@ class Sweep:
         """Scorers that ride on one prefill, as they were given -> their names: variants of one go into another round.
 
         Raises:
-            ValueError: unknown scorer.
+            ValueError: unknown scorer, or one that needs the question.
         """
         rounds: list[dict[str, str]] = [{}]
         for scorer in self.scorers:
-            name = get_scorer(scorer).name
+            name = check_scorer(scorer).name
             free = next((one for one in rounds if name not in one.values()), None)
             if free is None:
                 rounds.append(free := {})

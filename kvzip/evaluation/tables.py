@@ -97,8 +97,9 @@ def _table(name: str, points: list[Point]) -> Table:
         label = f"KV cache, {bits} bits" if len(numbers) > 1 else "KV cache"
         rows.append((label, row(first, lambda point: [format_bytes(point.kv_bytes)])))
     most = max(points, key=lambda point: point.questions)
-    contexts = f"{most.contexts} context{'s' if most.contexts > 1 else ''} of {most.context_tokens:,.0f} tokens"
-    return Table(f"{name}: {most.questions:,} questions about {contexts}", [f"{ratio:g}" for ratio in ratios], rows)
+    contexts = f"{most.contexts:,} context{'s' if most.contexts > 1 else ''} of {most.context_tokens:,.0f} tokens"
+    questions = f"{most.questions:,} question{'s' if most.questions > 1 else ''}"
+    return Table(f"{name}: {questions} about {contexts}", [f"{ratio:g}" for ratio in ratios], rows)
 
 
 def _score(point: Point) -> list[str]:
@@ -142,9 +143,10 @@ def print_terminal(points: Sequence[Point], file: TextIO, *, width: int | None =
         name_width = max(len(name) for name, _ in table.rows)
         widest = max(len(line) for _, cells in table.rows for cell in cells for line in cell) + 1
         fitting = max(1, (console.width - name_width - _EDGES) // (widest + 1))
+        console.print(table.title, markup=False)
         for first in range(0, len(table.header), fitting):
             part = slice(first, first + fitting)
-            shown = RichTable("ratio", title=escape(table.title), title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+            shown = RichTable("ratio", box=box.SIMPLE_HEAD, padding=0)
             for ratio in table.header[part]:
                 shown.add_column(ratio, justify="right", min_width=widest, no_wrap=True)
             for name, cells in table.rows:

@@ -57,6 +57,8 @@ def test_jsonl_is_read_line_by_line_and_blank_lines_do_not_count(tmp_path: Path)
         ("a.json", "[]", "has no rows"),
         ("a.jsonl", "[1, 2]", r"line 1: expected an object, not list '\[1, 2\]'"),
         ("a.json", '[{"a": 1}, 3]', "item 2: expected an object, not int '3'"),
+        ("a.json", "[" * 100_000, "not JSON that can be read: maximum recursion depth"),
+        ("a.jsonl", f'{{"a": {"1" * 5000}}}', "line 1: not JSON that can be read: Exceeds the limit"),
         ("a.json", '{"rows": []}', "a list of objects, or an object with such a list as 'data'"),
         ("a.json", '[{"a": 1},\n{"a" 2}]', r"not JSON: Expecting ':' delimiter \(line 2, column 6\)"),
         ("a.csv", "a,b", r"unknown ending '\.csv'; expected one of \('\.jsonl', '\.json', '\.parquet'\)"),
@@ -118,6 +120,14 @@ def test_the_first_file_that_is_there_is_read(tmp_path: Path) -> None:
     assert SOURCE.find(tmp_path).name == "some_2.jsonl"
     write_jsonl(tmp_path / "some" / "some_1.jsonl", [{"n": 1}])
     assert [row["n"] for row in SOURCE.rows(Options(data_dir=tmp_path))] == [1]
+
+
+def test_another_ending_will_do_where_none_is_as_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "some" / "some_1.jsonl.bak", [{"n": 1}])
+    (tmp_path / "some_2.json").write_text('[{"n": 2}]')
+    assert [row["n"] for row in SOURCE.rows(Options(data_dir=tmp_path))] == [2]
+    write_jsonl(tmp_path / "some_3.jsonl", [{"n": 3}])
+    assert [row["n"] for row in SOURCE.rows(Options(data_dir=tmp_path))] == [3]
 
 
 def test_a_missing_file_says_which_where_from_and_how(tmp_path: Path) -> None:

@@ -105,6 +105,20 @@ def test_essays_are_found_in_the_folders_that_are_named(tmp_path):
     assert read_essays(tmp_path) == ("This is from here.",)
 
 
+def test_a_folder_that_is_not_there_is_told_and_one_without_essays_once(tmp_path, caplog):
+    with pytest.raises(FileNotFoundError, match=r"--data-dir .*nowhere is not a folder"):
+        next(data.load("needle", data_dir=tmp_path / "nowhere", count_tokens=count, num=1))
+    for _ in range(2):
+        next(data.load("needle", data_dir=tmp_path, count_tokens=count, num=1))
+    assert caplog.text.count("no essays") == 1
+
+
+def test_an_essay_that_is_no_text_is_told_by_name(tmp_path):
+    (tmp_path / "essay.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"essay\.txt is not a UTF-8 text"):
+        read_essays(tmp_path)
+
+
 def test_sentences_are_split_at_their_ends():
     assert split_sentences("One.  Two?\nThree goes\non! 3.14 is a number.") == [
         "One.", "Two?", "Three goes on!", "3.14 is a number.",

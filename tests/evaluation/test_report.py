@@ -237,6 +237,12 @@ def test_terminal_tables_lose_no_number_however_narrow(width):
     assert max(map(len, out.getvalue().splitlines())) <= width
 
 
+def test_the_title_of_a_narrow_table_stays_on_its_line():
+    out = io.StringIO()
+    print_terminal(summarize([made.line(0, 0, 0.5)]), out, width=100)
+    assert out.getvalue().splitlines()[0] == "facts: 1 question about 1 context of 100 tokens"
+
+
 def needles():
     return [
         made.line(index, 0, ratio, score=float(depth < 50 or ratio == 1), meta={"tokens": tokens, "depth": depth})

@@ -139,6 +139,15 @@ def test_other_settings_are_refused_by_name(tmp_path):
         made.write(tmp_path, [], Shard(0, 2))
 
 
+def test_settings_of_a_run_without_a_line_bind_nobody(tmp_path):
+    made.write(tmp_path, [], Shard(0, 2), finished=False)
+    made.write(tmp_path, [], Shard(1, 2), finished=False)
+    for index in (0, 1):
+        made.write(tmp_path, [made.line(index)], Shard(index, 2), settings={"seed": 43})
+    with pytest.raises(ValueError, match="seed=43, this run has 42"):
+        made.write(tmp_path, [], Shard(0, 2))
+
+
 def test_settings_of_another_shard_count_too(tmp_path):
     made.write(tmp_path, [], Shard(0, 2))
     with pytest.raises(ValueError, match="model='made-up', this run has 'other'"):
@@ -156,7 +165,15 @@ def test_every_start_is_noted(tmp_path):
 
 def test_a_damaged_settings_file_is_refused(tmp_path):
     made.write(tmp_path, [])
-    for text, message in (("{", "not JSON"), ("[]", "not of a ratio sweep")):
+    head = '{"format": "kvzip-results/1"'
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "not of a ratio sweep"),
+        (head + "}", "damaged: it has no 'settings'"),
+        (head + ', "settings": []}', "damaged: it has no 'settings'"),
+        (head + ', "settings": {}}', "damaged: it has no 'runs'"),
+        (head + ', "settings": {}, "runs": []}', "damaged: its settings have no 'data'"),
+    ):
         (tmp_path / "shard-000-of-001.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             made.write(tmp_path, [])

@@ -311,6 +311,15 @@ def test_a_dataset_without_a_sample_is_refused(monkeypatch):
         Source("madeup", None, 5, 3, {}).check()
 
 
+def test_an_empty_context_is_told_with_its_index(monkeypatch):
+    records = [data.Record(text, ["q"], [["a"]], 4, "made up") for text in ("context", " \n")]
+    made = data.Dataset("madeup", "", lambda options: iter(records[options.start :]), lambda *_: 0.0)
+    registry.names()
+    monkeypatch.setitem(registry._DATASETS, "madeup", made)
+    with pytest.raises(ValueError, match="madeup, sample 1: its context is empty"):
+        Source("madeup", None, None, 0, {}).samples()
+
+
 def test_generated_samples_of_other_shards_are_not_made(monkeypatch):
     loaded = dataset_of(monkeypatch, 1000, generated=True)
     samples = Source("madeup", None, 100, 0, {}).samples()

@@ -61,7 +61,7 @@ def _read(path: Path) -> tuple[Example, ...]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["examples"]
         return tuple(Example(str(one["input"]), str(one["target"])) for one in found)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f'{path} is no BIG-Bench Hard task with "examples" of "input" and "target": {error!r}'
         ) from error
