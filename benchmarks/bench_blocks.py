@@ -212,7 +212,7 @@ def main() -> None:
         "",
         "**Memory and time.** Random float32 Llama of 8 layers, 4 query and 2 KV heads of 64; KVzip scores, passes "
         f"and blocks of {args.block} tokens, {args.budget} tokens a head kept. Peak over the loaded model, every point "
-        "in a process of its own. What grows in blocks is a score and two bits for each pair there was, and the ids.",
+        "in a process of its own. What grows in blocks is a score and a byte for each pair there was, and the ids.",
         "",
         *points_table(points),
         "",

@@ -64,7 +64,7 @@ class Registry(Generic[T]):
         """Return an object by name, "snapkv", or by name and settings, "snapkv(window_size=32, kernel_size=7)".
 
         Raises:
-            ValueError: unknown name or setting, or a value that is not a Python literal.
+            ValueError: unknown name or setting, or a value that is not a Python literal or of the wrong kind.
         """
         name, bracket, _ = text.partition("(") if isinstance(text, str) else (text, "", "")
         cls = self[name.strip() if isinstance(name, str) else name]
@@ -73,7 +73,10 @@ class Registry(Generic[T]):
         for key in settings:
             if key not in fields:
                 raise ValueError(f"{self.what} {name!r} has no setting {key!r}; it has {fields}")
-        return cls(**settings)
+        try:
+            return cls(**settings)
+        except TypeError as error:  # a value of another kind than the setting's
+            raise ValueError(f"{self.what} {text!r}: {error}") from None
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""

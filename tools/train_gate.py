@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvzip import ModelKVzip
+from kvzip.scoring import get_scorer
 from kvzip.scoring.gates import KINDS, Gate, LinearGate, LowRankGate, MLPGate
 from kvzip.scoring.methods.gate import TrainedGate
 from tools.teaching import KEPT, Inputs, add_arguments, agreement, descend, documents, gather, numbered, save
@@ -145,8 +146,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.out is None and args.model != "bundled":
         parser.error("--out is needed: only the bundled model has a file of its own")
-    model = ModelKVzip(args.model)
-    found = documents(model, args)
+    out = args.out or TrainedGate().shipped
+    if not out.parent.is_dir():
+        parser.error(f"--out {out}: there is no folder {out.parent}")
+    if args.positions < 1 or args.width < 1:
+        parser.error(f"--positions and --width must be 1 or more, got {args.positions} and {args.width}")
+    try:
+        get_scorer(args.scorer)
+        model = ModelKVzip(args.model)
+        found = documents(model, args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     gates = train(
         model, args.kind, found.learn, scorer=args.scorer, positions=args.positions, width=args.width, seed=args.seed,
         seconds=60 * args.max_minutes,
@@ -155,7 +165,6 @@ def main() -> None:
     rows = compare(gates, [observe(model, args.scorer, one) for one in found.compare])
     for name, (correlation, overlap) in zip([*range(len(gates)), "all"], rows, strict=True):
         print(f"  layer {name}: {correlation:.3f}  {overlap:.3f}")
-    out = args.out or TrainedGate().shipped
     settings = {"kind": args.kind, "scorer": args.scorer, "data": found.data, "seed": args.seed}
     save("gate", numbered(gates), out, model, settings)
 

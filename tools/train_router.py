@@ -159,12 +159,20 @@ def main() -> None:
     args = parser.parse_args()
     experts = tuple(split_list(args.experts)) if args.experts else None
     count = len(experts) if experts else PiKV.num_experts
-    scorer = PiKV(
-        router_type=args.router_type, experts=experts, num_experts=count, top_k=args.top_k, num_groups=min(count, 4),
-        capacity_factor=args.capacity_factor, seed=args.seed,
-    )  # fmt: skip
-    model = ModelKVzip(args.model)
-    found = documents(model, args)
+    if not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.positions < 1:
+        parser.error(f"--positions must be 1 or more, got {args.positions}")
+    try:
+        get_scorer(args.scorer)
+        scorer = PiKV(
+            router_type=args.router_type, experts=experts, num_experts=count, top_k=args.top_k,
+            num_groups=min(count, 4), capacity_factor=args.capacity_factor, seed=args.seed,
+        )  # fmt: skip
+        model = ModelKVzip(args.model)
+        found = documents(model, args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     tensors = train(
         model, scorer, found.learn, teacher=args.scorer, positions=args.positions, seconds=60 * args.max_minutes
     )

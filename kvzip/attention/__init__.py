@@ -1,6 +1,6 @@
 """Attention over a compressed cache: one function for every architecture, backends chosen by name."""
 
-from kvzip.attention.backends import BACKENDS, Backend, resolve_backend
+from kvzip.attention.backends import BACKENDS, Backend, check_backend, resolve_backend
 from kvzip.attention.build import KernelsUnavailable
 from kvzip.attention.combine import attend_focused
 from kvzip.attention.interface import KVStates, LogicalLength, Padding, install, restore
@@ -22,6 +22,7 @@ __all__ = [
     "TailFocus",
     "TailKV",
     "attend_focused",
+    "check_backend",
     "install",
     "quantize",
     "quantized_nbytes",

@@ -108,6 +108,15 @@ BACKENDS = {
 _AUTO = {("cpu",): ("cpu", "torch"), ("cuda",): ("cuda", "flash", "torch"), ("cpu", "cuda"): ("torch",)}
 
 
+def check_backend(name: str) -> None:
+    """Raise ValueError where no backend is called `name`."""
+    names = ("auto", *BACKENDS)
+    if not isinstance(name, str) or name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown backend {name!r}; expected one of {names}{hint}")
+
+
 def resolve_backend(
     name: str, devices: Iterable[torch.device], *, head_dim: int = 64, dtype: torch.dtype = torch.float32
 ) -> Backend:
@@ -127,10 +136,7 @@ def resolve_backend(
         backend = BACKENDS[_first_available(_AUTO.get(kinds, ()), head_dim, dtype)]
         logger.info("attention backend: %s (%s), layers on %s", backend.name, backend.summary, ", ".join(kinds))
         return backend
-    if not isinstance(name, str) or name not in BACKENDS:
-        near = difflib.get_close_matches(str(name), BACKENDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown backend {name!r}; expected one of {('auto', *BACKENDS)}{hint}")
+    check_backend(name)
     backend = BACKENDS[name]
     if backend.devices is not None and not set(kinds) <= set(backend.devices):
         raise ValueError(

@@ -46,12 +46,24 @@ class ComposedPress(BasePress):
 
     presses: Sequence[BasePress]
 
+    def __post_init__(self) -> None:
+        wrong = not isinstance(self.presses, Sequence) or not all(isinstance(one, BasePress) for one in self.presses)
+        if wrong:
+            raise ValueError(f"ComposedPress takes a list of presses, got {self.presses!r}")
+
     @property
     def compression_ratio(self) -> float:
-        """Fraction REMOVED by all of them, where each has one."""
+        """Fraction REMOVED by all of them.
+
+        Raises:
+            ValueError: one of them has no such fraction, but a threshold.
+        """
         left = 1.0
         for one in self.presses:
-            left *= kept(one.compression_ratio)  # type: ignore[attr-defined]
+            ratio = getattr(one, "compression_ratio", None)
+            if ratio is None:
+                raise ValueError(f"{one} has no compression_ratio: how much it removes depends on the context")
+            left *= kept(ratio)
         return 1 - left
 
     def steps(self) -> list[Step]:
@@ -140,7 +152,8 @@ class DecodingPress(AnswerPress):
     """Compresses while answers are decoded, in the pipeline; see `kvzip.Decoding`.
 
     Methods that look at the stored states alone, with one budget for all heads, score everything anew each time, as
-    kvpress does; others score a token once. A protected prefix is held beside the target.
+    kvpress does; others score a token once, and so do all after a press that left heads with different numbers of
+    pairs, which then compete over layers and heads. A protected prefix is held beside the target.
 
     Args:
         base_press: whose scores and level are used; its ratio is not.

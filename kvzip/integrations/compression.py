@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from kvzip.model import Decoding, ModelKVzip
 from kvzip.model.model import ANSWER_ROOM
 from kvzip.model.watching import Watch
 from kvzip.scoring import PrefillScorer, Scorer
+
+_PRESSED: WeakSet[nn.Module] = WeakSet()  # models inside a block
 
 
 class Step(NamedTuple):
@@ -141,6 +144,8 @@ class Compression:
         tokenizer: PreTrainedTokenizerBase | None = None,
         prefix_length: int = 0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"a press wraps a transformers model, got {model!r}")
         if prefix_length < 0:
             raise ValueError(f"prefix_length must be 0 or more tokens, got {prefix_length}")
         self.press, self.prefix_length = press, prefix_length
@@ -152,8 +157,10 @@ class Compression:
         """Put kvzip's attention on the model, and hooks around its decoder.
 
         Raises:
-            ValueError: settings of the press or an architecture that cannot be used, and why.
+            ValueError: settings of the press or an architecture that cannot be used, and why; a block inside another.
         """
+        if self._given in _PRESSED:
+            raise ValueError("this model is in the block of a press already; ComposedPress([...]) applies several")
         if self.press.while_decoding() is not None:
             raise ValueError(
                 f"{type(self.press).__name__} compresses while decoding, which is not in this block's hands: use the "
@@ -171,10 +178,12 @@ class Compression:
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             decoder.register_forward_hook(self._end, always_call=True),
         ]
+        _PRESSED.add(self._given)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Take the hooks off, and where no cache needs it, the attention."""
+        _PRESSED.discard(self._given)
         for hook in self._hooks:
             hook.remove()
         if self._installed and self.kv is None:

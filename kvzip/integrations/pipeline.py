@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from kvzip.integrations.compression import BasePress, prune, scorers_of
-from kvzip.model import ModelKVzip
+from kvzip.kvcache import KVCache
+from kvzip.model import Decoding, ModelKVzip
 from kvzip.scoring.methods.finch import Finch
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class KVPressTextGenerationPipeline(Pipeline):
         Anything else is for transformers' `generate`.
 
     Raises:
-        ValueError: question and questions together, a press of another kind, or a cache that is in use.
+        ValueError: question and questions together, one of them or a press of another kind, or a cache in use.
     """
 
     _load_tokenizer = True  # type: ignore[assignment]
@@ -67,6 +69,8 @@ class KVPressTextGenerationPipeline(Pipeline):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if question is not None and questions is not None:
             raise ValueError("give question or questions, not both")
+        if not isinstance(question, str | None) or isinstance(questions, str):
+            raise ValueError(f"question is a text, questions a list of texts; got {question!r} and {questions!r}")
         if press is not None and not isinstance(press, BasePress):
             raise ValueError(
                 f"press must come from kvzip.integrations.kvpress, got {type(press).__module__}.{type(press).__name__}"
@@ -120,6 +124,7 @@ class KVPressTextGenerationPipeline(Pipeline):
             inputs["context"], scorer=scorers or None, kv_type="evict", prefix_ids=inputs["prefix"], query=query
         )
         prune(kv, steps)
+        compress = fitted(compress, kv)
         logger.debug("%d tokens of context, %.3f of the pairs kept, %d bytes", kv.context_length, kv.ratio, kv.nbytes)
         answers: list[Tensor] = []
         size = AT_ONCE if compress is None else 1
@@ -134,6 +139,14 @@ class KVPressTextGenerationPipeline(Pipeline):
         """Texts: {"answer": text} for one question, else {"answers": texts}."""
         texts = [self.kvzip.decode(one) for one in model_outputs]
         return {"answer": texts[0]} if single else {"answers": texts}
+
+
+def fitted(compress: Decoding | None, kv: KVCache) -> Decoding | None:
+    """`compress` for `kv`: where heads hold different numbers of pairs, tokens are scored once, and all compete."""
+    lengths = kv.kv_len_per_head
+    if compress is None or compress.level != "pair-uniform" or bool((lengths == lengths[0, 0]).all()):
+        return compress
+    return replace(compress, rescore=False, level="pair")
 
 
 PIPELINE_REGISTRY.register_pipeline(

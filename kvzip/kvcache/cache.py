@@ -89,7 +89,8 @@ class KVCache(ScoredContext):
     def fidelity(self, *, chunks: int | None = None, seed: int = 0) -> Fidelity:
         """How well the model still repeats the context from this kv: a check that needs no question and no gold answer.
 
-        Costs three passes over the context, or over a seeded sample of `chunks` chunks of 256 tokens.
+        Costs three passes over the context, or over a seeded sample of `chunks` chunks of 256 tokens; five where it
+        masks, so that the whole context is there to compare with.
 
         Returns:
             accuracy, log-likelihood, what is recovered after short cues, and both with nothing dropped where known.
@@ -150,16 +151,13 @@ class KVCache(ScoredContext):
                 has. The kv is unchanged.
         """
         check_merge(merge, self.kv_type)
-        bits = self._checked_bits(self.kv_bits if bits is None and self.bits == FULL else bits)
+        bits = self.checked_bits(self.kv_bits if bits is None and self.bits == FULL else bits)
         evidence: dict[str, str | float] = {}
         if isinstance(ratio, str):
-            if ratio != "auto":
-                raise ValueError(f"ratio must be a number in (0, 1] or 'auto', got {ratio!r}")
-            if merge is not None:
-                raise ValueError("merge does not go with 'auto', which measures what is left without merging")
-            ratio, evidence = self.bound("prune('auto')").find_ratio(
-                self, tolerance=tolerance, level=level, scorer=scorer, bits=bits, chunks=chunks
-            )
+            ratio, evidence = pruning.automatic(
+                self, ratio, level=level, tokens=tokens, nbytes=nbytes, threshold=threshold, scorer=scorer, bits=bits,
+                merge=merge, tolerance=tolerance, chunks=chunks,
+            )  # fmt: skip
         chosen, how = pruning.choose(
             self, ratio=ratio, level=level, tokens=tokens, nbytes=nbytes, threshold=threshold, scorer=scorer, bits=bits
         )
@@ -174,11 +172,12 @@ class KVCache(ScoredContext):
         (arXiv 2402.02750). The tail stays as it is. Scoring needs the full precision: score first.
 
         Raises:
-            ValueError: other bits, or a store that is quantised already. The kv is unchanged.
+            ValueError: other bits, keys or values that they cannot hold, or a store that is quantised already. The kv
+                is unchanged.
         """
         if self.bits != FULL:
             raise ValueError(f"this kv is quantised to {self.bits} bits already; quantize a kv in full precision")
-        check_bits(bits)
+        self.check_range(check_bits(bits))
         for layer in self.context_layers:
             layer.quantize(bits)
 
@@ -212,11 +211,6 @@ class KVCache(ScoredContext):
         with brought_back(self):
             prune_channels(self, ratio, window)
 
-    def _checked_bits(self, bits: int | None) -> int | None:
-        if bits is not None and check_bits(bits) != self.bits and self.bits != FULL:
-            raise ValueError(f"this kv is quantised to {self.bits} bits already, so it cannot have {bits}")
-        return bits
-
     def prune_to(self, keep: Tensor, *, bits: int | None = None, merge: Merging | None = None) -> None:
         """Keep exactly what `keep` marks: for a selection of your own.
 
@@ -226,15 +220,18 @@ class KVCache(ScoredContext):
             merge: as for `prune`.
 
         Raises:
-            ValueError: wrong shape or dtype, or pairs that an evicted cache no longer has. The kv is unchanged.
+            ValueError: wrong shape or dtype, bits that it cannot have, or pairs that an evicted cache no longer has.
+                The kv is unchanged.
         """
         check_merge(merge, self.kv_type)
+        bits = self.checked_bits(bits)
         now = self.keep_mask
         if keep.dtype != torch.bool or keep.shape != now.shape:
             raise ValueError(f"keep must be bool of shape {tuple(now.shape)}, got {keep.dtype} {tuple(keep.shape)}")
         evict = self.kv_type == "evict"
         if evict and bool((keep & ~now).any()):
             raise ValueError("keep marks pairs that were evicted before; they cannot return")
+        self.check_range(bits)
         for layer, rows in zip(self.context_layers, keep, strict=True):
             layer.prune(rows, evict=evict, bits=bits, merge=merge)
         self.pruned_with = {}
@@ -301,6 +298,7 @@ class KVCache(ScoredContext):
         before = dict(self.scored)
         for layer in self.context_layers:
             layer.absorb(len(ids))
+        self.pruned_with = {}
         for name, added in scored.items():
             parts = zip(before[name], added, strict=True)
             joined = [None if a is None or b is None else torch.cat([a, b.cpu().to(a.dtype)], dim=-1) for a, b in parts]

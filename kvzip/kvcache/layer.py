@@ -12,7 +12,7 @@ from kvzip.kvcache import packing
 from kvzip.kvcache.layout import KeyLayout
 from kvzip.kvcache.observer import Observer
 from kvzip.kvcache.offload import Offloadable
-from kvzip.kvcache.store import FULL, appended, evicted, quantized, turned_back
+from kvzip.kvcache.store import FULL, appended, check_bits, evicted, quantized, turned_back
 from kvzip.kvcache.tail import Tail, cloned
 from kvzip.kvcache.transforms.channels import attend_narrow
 from kvzip.kvcache.transforms.merging import Merging
@@ -256,8 +256,13 @@ class ContextLayer(CacheLayerMixin, KVStates, Offloadable):
             bits: of a stored number afterwards; None = as now. A quantised store is turned back and quantised again
                 where rows are dropped from it.
             merge: with `evict`, how the values of dropped rows go to others; None = they do not.
+
+        Raises:
+            ValueError: other bits than `store.CHOICES`, or than a quantised store has. The layer is unchanged.
         """
-        bits = self.bits if bits is None else bits
+        bits = self.bits if bits is None else check_bits(bits)
+        if self.bits not in (FULL, bits):
+            raise ValueError(f"this kv is quantised to {self.bits} bits already, so it cannot have {bits}")
         keep = keep.to(self.store.keys.device)
         if not evict:
             self.mask_rows(keep)

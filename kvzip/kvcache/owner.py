@@ -21,6 +21,7 @@ class Fidelity(NamedTuple):
             the context; it falls before accuracy does.
         full_accuracy: `accuracy` with nothing dropped, None where that was never measured.
         full_recovered: `recovered` with nothing dropped, None where that was never measured.
+        full_log_likelihood: `log_likelihood` with nothing dropped, None where that was never measured.
     """
 
     accuracy: float
@@ -29,11 +30,18 @@ class Fidelity(NamedTuple):
     recovered: float
     full_accuracy: float | None = None
     full_recovered: float | None = None
+    full_log_likelihood: float | None = None
 
     @property
     def relative(self) -> float | None:
         """`recovered` over `full_recovered`: 1 where nothing is lost, None where that is not known."""
         return None if self.full_recovered is None else self.recovered / self.full_recovered
+
+    def against(self, full: Fidelity) -> Fidelity:
+        """The same beside what was measured of the `full` cache."""
+        return self._replace(
+            full_accuracy=full.accuracy, full_recovered=full.recovered, full_log_likelihood=full.log_likelihood
+        )
 
 
 class Seen(NamedTuple):

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 from numbers import Integral
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from kvzip.kvcache.selection import Level, Selection, above, check_ratio, get_le
 
 if TYPE_CHECKING:
     from kvzip.kvcache.cache import KVCache
+    from kvzip.kvcache.transforms.merging import Merging
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -77,6 +78,36 @@ def ratio_of_bytes(kv: KVCache, nbytes: int | str, bits: int | None = None) -> f
     if tokens < 1:
         raise ValueError(f"nbytes={nbytes!r} is less than the least this kv can take, {needed(1)} bytes")
     return tokens / length
+
+
+def automatic(
+    kv: KVCache,
+    ratio: str,
+    *,
+    merge: Merging | None,
+    level: str | Level | Sequence[float] | None,
+    scorer: str | None,
+    bits: int | None,
+    tolerance: float,
+    chunks: int | None,
+    **others: Any,
+) -> tuple[float, dict[str, str | float]]:
+    """Find the ratio that "auto" stands for; see `KVCache.prune` for the arguments.
+
+    Returns:
+        the ratio and the evidence for it.
+
+    Raises:
+        ValueError: another word, or what else was asked for is wrong, before anything is computed.
+    """
+    if ratio != "auto":
+        raise ValueError(f"ratio must be a number in (0, 1] or 'auto', got {ratio!r}")
+    if merge is not None:
+        raise ValueError("merge does not go with 'auto', which measures what is left without merging")
+    choose(kv, ratio=kv.ratio, level=level, scorer=scorer, **others)
+    return kv.bound("prune('auto')").find_ratio(
+        kv, tolerance=tolerance, level=level, scorer=scorer, bits=bits, chunks=chunks
+    )
 
 
 def choose(

@@ -56,7 +56,10 @@ class ScoredContext(StoredContext):
         if scorer is None:
             scorer = self.scorers[0]
         if scorer not in self.scored:
-            raise ValueError(f"this kv was not scored by {scorer!r}; it has scores of {self.scorers}")
+            raise ValueError(
+                f"this kv was not scored by {scorer!r}; it has scores of {self.scorers}. Several scorers ride on one "
+                "prefill: scorer=[...]; a whole kv can be scored once more: model.score(kv, scorer)"
+            )
         return self.scored[scorer].at(ratio)
 
     def set_scores(self, name: str, scores: Tensor, slope: Tensor | None = None) -> None:
@@ -68,14 +71,18 @@ class ScoredContext(StoredContext):
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
-        expected = (len(self.context_layers), len(self.context_layers[0].store.lengths), self.context_length)
+        self.check_scores(name, scores, slope, self.context_length)
+        parts = (None if part is None else part.detach().to("cpu", torch.float32) for part in (scores, slope))
+        self.scored[name] = Scores(*parts)  # type: ignore[arg-type]
+
+    def check_scores(self, name: str, scores: Tensor, slope: Tensor | None, length: int) -> None:
+        """Raise ValueError where `scores` or `slope` are not of `length` tokens, or not finite."""
+        expected = (len(self.context_layers), len(self.context_layers[0].store.lengths), length)
         for part in (scores, slope):
             if part is not None and tuple(part.shape) != expected:
                 raise ValueError(f"scores of {name!r} have shape {tuple(part.shape)}, expected {expected}")
             if part is not None and not bool(part.isfinite().all()):
                 raise ValueError(f"scores of {name!r} contain NaN or infinity")
-        parts = (None if part is None else part.detach().to("cpu", torch.float32) for part in (scores, slope))
-        self.scored[name] = Scores(*parts)  # type: ignore[arg-type]
 
     def set_head_scores(self, scores: Tensor) -> None:
         """Attach head scores (num_layers, num_key_value_heads) and make "head" the default level.

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvzip.kvcache.cache import KV_TYPES, KVCache
+from kvzip.kvcache.offload import check_offload
 from kvzip.kvcache.selection import get_level
 
 FORMAT = "kvzip-kv/1"
@@ -58,6 +59,10 @@ def save(kv: KVCache, path: str | os.PathLike[str]) -> None:
     }
     header["sha256"] = _digest(header, tensors)
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, not a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     os.close(handle)
     try:
@@ -68,8 +73,11 @@ def save(kv: KVCache, path: str | os.PathLike[str]) -> None:
         Path(partial).unlink(missing_ok=True)
 
 
-def load(kv: KVCache, path: str | os.PathLike[str]) -> KVCache:
+def load(kv: KVCache, path: str | os.PathLike[str], offload: str | None = None) -> KVCache:
     """Fill the empty cache `kv` of a model (its layers, backend and `model_id`) from `path`.
+
+    Args:
+        offload: as for `KVCache.offload`; None = as it was saved.
 
     Raises:
         FileNotFoundError: no such file.
@@ -77,7 +85,7 @@ def load(kv: KVCache, path: str | os.PathLike[str]) -> KVCache:
     """
     header, tensors = _read(path)
     try:
-        _fill(kv, header, tensors)
+        _fill(kv, {**header, "offload": check_offload(offload) or header.get("offload")}, tensors)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
     return kv

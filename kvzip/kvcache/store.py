@@ -16,7 +16,7 @@ CHOICES = (16, 8, 4)
 
 def check_bits(bits: int) -> int:
     """Return `bits`, or raise ValueError with the choices."""
-    if isinstance(bits, bool) or bits not in CHOICES:
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in CHOICES:
         raise ValueError(f"bits must be one of {CHOICES}, where 16 is the model's own precision; got {bits!r}")
     return bits
 
@@ -59,6 +59,18 @@ def quantized(store: RaggedKV, prefix_length: int, bits: int) -> RaggedKV:
     heads = len(store.lengths)
     rest = quantize(parts[1], parts[3], tuple(lengths[1::2]), bits)
     return RaggedKV(parts[0], parts[2], (prefix_length,) * heads, None, rest).masked(store.mask)
+
+
+def check_range(store: RaggedKV, prefix_length: int) -> None:
+    """Raise ValueError where rows after the prefix cannot be quantised: before one layer is, all are looked at."""
+    lengths = [length for rest in store.lengths for length in (prefix_length, rest - prefix_length)]
+    parts = [part for states in (store.keys, store.values) for part in states.split(lengths)[1::2] if len(part)]
+    largest = max((float(part.abs().max()) for part in parts), default=0.0)
+    if not all(bool(part.isfinite().all()) for part in parts) or largest > torch.finfo(torch.float16).max:
+        raise ValueError(
+            "keys or values are not finite, or too large for the float16 scales of a quantised cache: up to "
+            f"{largest:g}; keep this kv at {FULL} bits"
+        )
 
 
 def turned_back(store: RaggedKV) -> RaggedKV:

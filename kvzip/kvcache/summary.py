@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvzip.kvcache.store import FULL
+
 if TYPE_CHECKING:
     from kvzip.kvcache.cache import KVCache
 
@@ -36,6 +38,7 @@ def describe(kv: KVCache) -> str:
         f"KVCache of {kv.context_length:,} context tokens (prefix {kv.prefix_length}{turns}), "
         f"kv_type={kv.kv_type!r}, scored by: {scored}",
         f"kept {kv.ratio:.1%}: {format_bytes(kv.full_nbytes)} -> {format_bytes(kv.nbytes)}"
+        + (f" at {kv.bits} bits" if kv.bits != FULL else "")
         + (" (masked, still stored)" if kv.kv_type == "retain" and kv.is_pruned else "")
         + (", kept in host memory (offload='cpu')" if kv.offloaded else ""),
     ]
@@ -46,13 +49,13 @@ def describe(kv: KVCache) -> str:
         )
     if keys.channels is not None:
         lines.append(f"keys have {keys.channels.shape[1]} of {keys.width} channels")
+    if kv.pruned_with:
+        facts = (
+            f"{what} {value:g}" if isinstance(value, float) else f"{what} {value}"
+            for what, value in sorted(kv.pruned_with.items())
+        )
+        lines.append(f"chosen by {', '.join(facts)}")
     if kv.is_pruned:
-        if kv.pruned_with:
-            facts = (
-                f"{what} {value:g}" if isinstance(value, float) else f"{what} {value}"
-                for what, value in sorted(kv.pruned_with.items())
-            )
-            lines.append(f"chosen by {', '.join(facts)}")
         fractions = kv.keep_mask.float().mean(-1)
         lines.append("kept per layer and KV head (· none, █ all):")
         for index, row in zip(kv.layer_indices, fractions.tolist(), strict=True):

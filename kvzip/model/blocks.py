@@ -1,7 +1,7 @@
 """Contexts in blocks: each is read after what is kept of those before it, scored by itself, and joins them.
 
 So a context may be longer than memory: what is held is the budget, one block, and for each token that ever was a score
-and two bits a layer and head. A method sees a block as a short context behind the same prefix; attention is to all
+and a byte a layer and head. A method sees a block as a short context behind the same prefix; attention is to all
 that is left.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvzip.attention import Focus, TailFocus
 from kvzip.kvcache import ContextLayer, KVCache, Scores, parse_bytes
+from kvzip.kvcache.pruning import ratio_of_bytes
 from kvzip.kvcache.store import FULL
 from kvzip.model import passes, restoring
 from kvzip.model.checks import check_positions, check_vocabulary
@@ -66,9 +67,11 @@ def prefill(
     """Read a context block by block, the first of them by `first`.
 
     Raises:
-        ValueError: an empty context, and what `read` raises.
+        ValueError: an empty context, a budget without scores to prune by, and what `read` raises.
     """
     restoring.refuse_blocks(scorers)
+    if budget and not scorers:
+        raise ValueError("a budget needs scores to prune by, got scorer=None: name a scorer")
     found = cut(pieces, model.encode, block)
     ids = next(found, None)
     if ids is None:
@@ -95,9 +98,14 @@ def extend(
     """Append what `pieces` hold to the context, block by block.
 
     Raises:
-        ValueError: nothing in them, and what `read` raises.
+        ValueError: nothing in them, a budget that no part of `kv` fits into or no scores to prune by, and what `read`
+            raises.
     """
     restoring.refuse_blocks(scorers)
+    if budget and not scorers and (kv.head_scores is None or kv.level != "head"):
+        raise ValueError("a budget needs scores to prune by, and this kv has none; prefill with a scorer")
+    if "nbytes" in budget:
+        ratio_of_bytes(kv, budget["nbytes"], kv.bits)
     empty = True
     for ids in cut(pieces, model.encode, block):
         read(model, kv, ids, scorers, chunk_size)
@@ -145,6 +153,7 @@ def read(model: ModelKVzip, kv: KVCache, ids: Sequence[int], scorers: Sequence[S
         for one in scorers:
             found = one.score(replace(context, notes=watch.notes.get(one.name, [])))
             scored[one.name] = Scores(*passes.as_blend(found))
+            kv.check_scores(one.name, *scored[one.name], len(ids))
     kv.absorb(ids, scored)
 
 

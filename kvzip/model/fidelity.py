@@ -12,7 +12,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvzip.kvcache import Fidelity, KVCache, Level
 from kvzip.kvcache.store import FULL
@@ -51,18 +51,34 @@ def chosen_runs(model: ModelKVzip, kv: KVCache, inputs: Sequence[Reconstruction]
 
 
 def fidelity(model: ModelKVzip, kv: KVCache, *, chunks: int | None = None, seed: int = 0) -> Fidelity:
-    """Measure `kv` as it is; see `KVCache.fidelity`. Two passes over the chunks, and one over their runs."""
+    """Measure `kv` as it is; see `KVCache.fidelity`. Two passes over the chunks, and one over their runs.
+
+    One pass over each more where the kv masks: what it hides is still there to compare with.
+    """
     inputs = chosen_passes(model, kv, chunks, seed)
-    weights = recovery.surprise(model, kv, inputs)
-    chances = recovery.recall(model, kv, chosen_runs(model, kv, inputs))
-    found = _summary(recovery.repeat(model, kv, inputs), recovery.recovered(weights, chances))
-    if not kv.is_pruned and kv.bits == FULL:
-        return found._replace(full_accuracy=found.accuracy, full_recovered=found.recovered)
+    runs, weights = chosen_runs(model, kv, inputs), recovery.surprise(model, kv, inputs)
+
+    def measured() -> Fidelity:
+        chances = recovery.recall(model, kv, runs)
+        return _summary(recovery.repeat(model, kv, inputs), recovery.recovered(weights, chances))
+
+    found = measured()
+    if is_whole(kv):
+        if not kv.is_pruned:
+            return found.against(found)
+        with kv.unmasked():
+            return found.against(measured())
     known = kv.pruned_with
-    if chunks is None and known.get("fidelity_tokens") == found.tokens and "full_recovered" in known:
-        full = float(known["full_accuracy"]), float(known["full_recovered"])
-        return found._replace(full_accuracy=full[0], full_recovered=full[1])
+    if chunks is None and known.get("fidelity_tokens") == found.tokens:
+        full: dict[str, Any] = {name: known[name] for name in Fidelity._fields if name in known and "full" in name}
+        return found._replace(**full)
     return found
+
+
+def is_whole(kv: KVCache) -> bool:
+    """Whether everything that the prefill made is still stored, in full precision."""
+    stored = kv.kv_type == "retain" or not kv.is_pruned
+    return stored and kv.bits == FULL and kv.context_layers[0].layout.channels is None
 
 
 def find_ratio(
@@ -87,12 +103,15 @@ def find_ratio(
         the ratio, a multiple of STEP, and the evidence.
 
     Raises:
-        ValueError: a tolerance outside [0, 1), or a kv with evicted or quantised pairs.
+        ValueError: a tolerance outside [0, 1), or a kv with evicted or quantised pairs or removed channels.
     """
     if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be in [0, 1), the share that may be lost; got {tolerance!r}")
-    if kv.kv_type == "evict" and (kv.is_pruned or kv.bits != FULL):
-        raise ValueError(f"'auto' compares with the whole context; this kv has {kv.ratio:.3f} of it at {kv.bits} bits")
+    if not is_whole(kv):
+        channels = "" if kv.context_layers[0].layout.channels is None else ", without some channels of its keys"
+        raise ValueError(
+            f"'auto' compares with the whole context; this kv has {kv.ratio:.3f} of it at {kv.bits} bits{channels}"
+        )
     inputs = chosen_passes(model, kv, chunks, seed)
     runs, weights = chosen_runs(model, kv, inputs), recovery.surprise(model, kv, inputs)
     trial = kv.clone()
@@ -130,6 +149,8 @@ def find_ratio(
         "full_recovered": whole.recovered,
         "accuracy": found.accuracy,
         "full_accuracy": whole.accuracy,
+        "log_likelihood": found.log_likelihood,
+        "full_log_likelihood": whole.log_likelihood,
         "fidelity_tokens": float(whole.tokens),
     }
 

@@ -42,6 +42,8 @@ def resolve_name(name: str) -> str:
     Raises:
         ValueError: neither "bundled", an alias, an existing folder nor the form of a hub id.
     """
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"a model is named by a text, got {name!r}; a loaded one goes to ModelKVzip.from_model")
     if name == BUNDLED:
         return str(bundled_path())
     if name in ALIASES:
@@ -73,18 +75,36 @@ def load(
         kwargs: for `from_pretrained`: `device_map`, `revision`, `quantization_config`, ...
 
     Raises:
-        ValueError: unknown name, or both device and device_map.
+        ValueError: unknown name, dtype or device, a device that is not there, or both device and device_map.
     """
-    where = resolve_name(name)
+    where, dtype = resolve_name(name), _dtype(dtype)
+    device = None if device is None else _device(device)
     for_tokenizer = {
         key: kwargs[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in kwargs
     }
     tokenizer = AutoTokenizer.from_pretrained(where, **for_tokenizer)
     if kwargs.get("device_map") is not None:
         if device is not None:
-            raise ValueError(f"give device ({device!r}) or device_map ({kwargs['device_map']!r}), not both")
+            raise ValueError(f"give device ({str(device)!r}) or device_map ({kwargs['device_map']!r}), not both")
         return AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kwargs), tokenizer
     model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **kwargs)
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(torch.device(device)), tokenizer  # type: ignore[arg-type]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device), tokenizer  # type: ignore[arg-type]
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise ValueError(f"unknown dtype {dtype!r}; expected 'auto', 'float32', 'bfloat16', 'float16' or a torch dtype")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"unknown device {device!r}; expected 'cpu', 'cuda' or 'cuda:INDEX'") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {str(found)!r}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return found

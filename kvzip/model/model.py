@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvzip import head_scores
-from kvzip.attention import restore as restore_attention
+from kvzip import attention, head_scores
 from kvzip.kvcache import Fidelity, KVCache, Seen, brought_back, check_bits, check_offload
 from kvzip.model import blocks, calibration, fidelity, generation, loading, passes, restoring, seen
 from kvzip.model.checks import check_kv, check_kv_type, check_positions, check_scorers, check_vocabulary, check_whole
@@ -47,8 +46,7 @@ class ModelKVzip(WrappedModel):
             name: "bundled", an alias such as "qwen2.5-7b", a local folder, or a hub id.
             kv_type: default of `prefill`: "evict" frees what is pruned, "retain" keeps and masks it.
             kv_bits: default of `kv.prune(bits=)`: 16 keeps the model's precision, 8 or 4 quantise what is kept.
-            backend: attention backend, "auto" | "reference" | "torch" | "cpu" | "cuda" | "flash"; see
-                `kvzip.attention.resolve_backend`.
+            backend: "auto" | "reference" | "torch" | "cpu" | "cuda" | "flash"; see `kvzip.attention.resolve_backend`.
             dtype: torch dtype of the weights, "auto" = the checkpoint's.
             device: None = the first CUDA device where there is one, else the CPU.
             kwargs: for transformers' `from_pretrained`: `device_map="auto"`, `revision`, ...
@@ -59,6 +57,7 @@ class ModelKVzip(WrappedModel):
         """
         check_kv_type(kv_type)
         check_bits(kv_bits)
+        attention.check_backend(backend)
         model, tokenizer = loading.load(name, dtype=dtype, device=device, **kwargs)
         self._set_up(model, tokenizer, name, kv_type, backend)
         self.kv_bits = kv_bits
@@ -124,7 +123,7 @@ class ModelKVzip(WrappedModel):
             prefix_ids: all ids in front of the context, in place of template and instruction; may be empty.
             query: a question that scorers which watch the prefill shall see, for methods that need one or do better
                 with it; it is not kept. The cache is then made for this question.
-            budget_tokens, budget_nbytes: prune to so many tokens a head on average, or bytes ("1GiB"), while reading.
+            budget_tokens, budget_nbytes: what is kept while reading, tokens a head or "1GiB"; "retain" frees nothing.
             block: tokens of a block.
             offload: "cpu" keeps what was read in host memory, see `kv.offload`. To hold no more than a block of it on
                 the devices while reading, give the context in pieces: [text].
@@ -317,8 +316,8 @@ class ModelKVzip(WrappedModel):
         """Return head scores from calibration texts, to `save` and load again; see `kvzip.model.calibration`."""
         return calibration.compute_head_scores(self, texts, data=data, scorer=scorer)
 
-    def load_kv(self, path: str | PathLike[str]) -> KVCache:
-        """Load what `kv.save` wrote, on this model's devices; an offloaded kv's store stays in host memory.
+    def load_kv(self, path: str | PathLike[str], *, offload: str | None = None) -> KVCache:
+        """Load what `kv.save` wrote to this model's devices; offloaded as it was, or as `kv.offload(offload)` says.
 
         Raises:
             FileNotFoundError: no such file.
@@ -327,11 +326,11 @@ class ModelKVzip(WrappedModel):
         from kvzip.kvcache.serialization import load
 
         # A file says itself which layers were treated as global; 0 tokens needed lets every window do.
-        return load(self._empty_kv(self.kv_type, 0), path).to(self.layer_devices)
+        return load(self._empty_kv(self.kv_type, 0), path, offload).to(self.layer_devices)
 
     def restore(self) -> PreTrainedModel:
         """Give the transformers model back with the attention it had before; this object is of no use afterwards."""
-        restore_attention(self.model)
+        attention.restore(self.model)
         return self.model
 
     def _empty_kv(self, kv_type: str, needed: int) -> KVCache:

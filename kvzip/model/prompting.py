@@ -148,6 +148,8 @@ def as_ids(ids: Sequence[int] | torch.Tensor, what: str) -> list[int]:
         ):
             raise ValueError(f"{what} ids must be integers of shape (n,) or (1, n), got {ids.dtype} {tuple(ids.shape)}")
         ids = ids.flatten().tolist()
+    if isinstance(ids, (bytes, bytearray)):
+        raise ValueError(f"{what} must be a text or integer ids, got bytes {bytes(ids[:8])!r}; decode them first")
     found = list(ids) if isinstance(ids, Iterable) else [ids]
     whole = all(isinstance(token, int) and not isinstance(token, bool) for token in found)
     if not isinstance(ids, Iterable) or not whole:

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 
 def refuse_blocks(scorers: Sequence[Scorer]) -> None:
-    """Raise ValueError where learned tokens are asked for in a context that comes in blocks."""
+    """Raise ValueError where a method needs a whole context, for learned tokens or a query, that comes in blocks."""
     for one in scorers:
+        if one.needs.startswith("a query"):
+            raise ValueError(f"{one.name} scores a context for a question, and one that comes in blocks has none")
         if isinstance(one, RestoreKV):
             raise ValueError(f"{one.name} runs its tokens over a whole context: it takes no budget, pieces or extend")
 

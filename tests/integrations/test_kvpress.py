@@ -310,3 +310,19 @@ def test_caches_of_other_kinds_are_refused(model):
 def test_finch_says_that_it_needs_a_question(model):
     with pytest.raises(ValueError, match=r"finch.*query"):
         run(model, kvpress.FinchPress(0.5))
+
+
+def test_a_block_inside_another_is_refused_and_the_outer_one_goes_on(model):
+    with press("knorm", 0.5)(model) as outer, torch.no_grad():
+        with pytest.raises(ValueError, match=r"ComposedPress"), press("keydiff", 0.5)(model):
+            pass
+        cache = DynamicCache()
+        model(tensor(CONTEXT), past_key_values=cache)
+        assert outer.kv.ratio == 0.5
+    with press("keydiff", 0.5)(model) as after, torch.no_grad():
+        model(tensor(CONTEXT))
+    assert after.kv.scorers == ("keydiff",)
+    with pytest.raises(ValueError, match="while decoding"), kvpress.DecodingPress(kvpress.KnormPress())(model):
+        pass
+    with press("knorm", 0.5)(model):
+        pass

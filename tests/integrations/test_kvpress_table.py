@@ -90,6 +90,10 @@ def test_unknown_presses_are_named_with_the_nearest():
         (lambda: kvpress.AdaKVPress(ComposedPress([])), r"AdaKVPress wraps.*SnapKVPress.*ComposedPress"),
         (lambda: kvpress.AdaKVPress(make("ChunkKVPress")), r"AdaKVPress wraps.*ChunkKVPress"),
         (lambda: PerLayerCompressionPress(press("knorm"), []), "compression_ratios is empty"),
+        (lambda: ComposedPress(press("knorm", 0.5)), "ComposedPress takes a list.*KNorm"),
+        (lambda: ComposedPress(["knorm"]), "ComposedPress takes a list.*'knorm'"),
+        (lambda: ComposedPress([make("SimLayerKVPress")]).compression_ratio, "SimLayerKVPress.*no compression_ratio"),
+        (lambda: press("knorm", 0.5)("gpt2"), "transformers model.*'gpt2'"),
         (lambda: scorers_of(ComposedPress([press("snapkv", 0.5), press(SNAPKV, 0.5)]).steps()), "snapkv.*two settings"),
     ],
 )

@@ -170,6 +170,19 @@ def test_answers_can_be_compressed_while_they_are_decoded(found, how, ratio, pip
     assert pipe(RECORD.context, questions=QUESTIONS[:2], press=found(), max_new_tokens=12)["answers"] == expected
 
 
+@pytest.mark.parametrize("scorer", ["knorm", "tova"])
+def test_decoding_goes_on_where_heads_hold_different_numbers_of_pairs(scorer, pipe, model):
+    """kvpress masks, so that any press may follow any other: here tokens are scored once, and all pairs compete."""
+    kv = model.prefill(RECORD.context, instruction="", scorer=["gate", scorer])
+    kv.prune(0.5, "pair", scorer="gate")
+    compress = Decoding(scorer, 4, tokens=100, window=0, level="pair")
+    query = model.encode(QUESTIONS[0] + model.prompting.template.suffix)
+    name = {"knorm": "KnormPress", "tova": "TOVAPress"}[scorer]
+    both = kvpress.PrefillDecodingPress(press("gate", 0.5), kvpress.DecodingPress(getattr(kvpress, name)(), 4, 100))
+    found = pipe(RECORD.context, question=QUESTIONS[0], press=both, max_new_tokens=12)["answer"]
+    assert found == model.generate(query, kv=kv, max_new_tokens=12, compress=compress)
+
+
 @pytest.mark.parametrize("decoding", [False, True])
 def test_a_threshold_and_a_window_go_on_while_decoding_where_asked(decoding, pipe, model):
     kv = model.prefill(RECORD.context, instruction="", scorer="knorm")
@@ -203,6 +216,8 @@ def test_a_model_object_keeps_working_beside_the_pipeline():
     ("options", "words"),
     [
         ({"question": "a", "questions": ["b"]}, "not both"),
+        ({"questions": "What?"}, "questions a list of texts.*'What[?]'"),
+        ({"question": ["What?"]}, "question is a text.*'What[?]'"),
         ({"press": "snapkv"}, r"kvzip.integrations.kvpress.*str"),
         ({"cache": StaticCache(AutoConfig.from_pretrained(bundled_path()), 9)}, "fresh DynamicCache"),
         ({"max_context_length": 1}, "max_context_length=1 leaves no room"),

@@ -115,7 +115,7 @@ def test_files_clones_tails_and_batches(tmp_path, kv_type, bits):
     assert all(torch.equal(a, b) for a, b in zip(stored, after, strict=True))
 
 
-@pytest.mark.parametrize("bits", [3, 0, 32, "4", 4.5, True])
+@pytest.mark.parametrize("bits", [3, 0, 32, "4", 4.5, 8.0, True])
 def test_other_bits_are_refused_and_the_kv_is_as_it_was(bits):
     kv = prefill()
     before = logits(kv)

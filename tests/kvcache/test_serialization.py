@@ -191,5 +191,8 @@ def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
 
 
 def test_a_missing_folder_is_an_error_of_the_system(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"/no/kv cannot be written: there is no folder .*/no$"):
         evicted("llama").save(tmp_path / "no" / "kv")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        evicted("llama").save(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -28,7 +28,7 @@ def bundled():
 def prefill(name="llama", ratio=1.0, **options):
     kv = model(name).prefill(CONTEXT, **{"prefix_ids": PREFIX, "scorer": "knorm", **options})
     if ratio < 1:
-        kv.prune(ratio)
+        kv.prune(ratio, "pair")
     return kv
 
 

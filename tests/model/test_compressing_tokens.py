@@ -143,7 +143,7 @@ def test_one_of_several_methods_goes_on_alone():
     kv = prefill(scorer=["random", "knorm"])
     alone = prefill(scorer="knorm")
     for one in (kv, alone):
-        fed(one, SAID, Decoding("knorm", every=6, window=2, tokens=12))
+        fed(one, SAID, Decoding("knorm", every=6, window=2, tokens=12, level="pair"))
     assert kv.scorers == ("knorm",)
     assert torch.equal(kv.keep_mask, alone.keep_mask)
 

@@ -99,6 +99,27 @@ def test_device_and_device_map_exclude_each_other(folder):
         ModelKVzip(str(folder), device="cpu", device_map="auto")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"device": 3.5}, "unknown device 3.5"),
+        ({"device": "cuda:99"}, "no device 'cuda:99'"),
+        ({"dtype": "float3"}, "unknown dtype 'float3'"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"dtype": None}, "unknown dtype None"),
+        ({"backend": "cpuu"}, "unknown backend 'cpuu'.*did you mean 'cpu'"),
+        ({"name": None}, "named by a text, got None"),
+        ({"name": " "}, "named by a text"),
+    ],
+    ids=str,
+)
+def test_a_bad_choice_is_told_before_any_weight_is_read(monkeypatch, options, words):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=words):
+        ModelKVzip(**options)
+
+
 def test_other_arguments_reach_transformers(folder):
     model = ModelKVzip(str(folder), device="cpu", attn_implementation="eager")
     assert model.restore().config._attn_implementation == "eager"
@@ -163,6 +184,7 @@ BAD_CONTEXTS = {
     "list of fractions": ([1.0, 2.0], "integer"),
     "a text among ids": (["a", 1], "integer"),
     "nothing": (None, "context"),
+    "bytes": (b"abc", "decode"),
     "a number": (7, "context"),
     "outside the vocabulary": ([5, VOCAB], str(VOCAB)),
     "negative": ([5, -1], "-1"),

@@ -186,3 +186,9 @@ def test_a_built_in_name_is_taken_before_anything_was_looked_up():
     done = subprocess.run([sys.executable, "-c", TAKEN_FIRST], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("refused: scorer name 'knorm' is taken"), done.stderr[-300:]
     assert "'streaming_llm'" in done.stdout
+
+
+@pytest.mark.parametrize("text", ["snapkv(window_size='a')", "snapkv(window_size=None)"])
+def test_a_setting_of_the_wrong_kind_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=r"scorer .*window_size"):
+        get_scorer(text)

@@ -15,6 +15,7 @@ class KNorm(LayerScorer):
 
     name = "knorm"
     paper = "arXiv 2406.11430"
+    level = "pair-uniform"
 
     def score_layer(self, layer: LayerView) -> Tensor:
         """(num_key_value_heads, context_length)"""

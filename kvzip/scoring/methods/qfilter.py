@@ -20,6 +20,7 @@ class QFilter(FileScorer, LayerScorer):
 
     name = "qfilter"
     paper = "arXiv 2503.02812"
+    level = "pair-uniform"
     shapes = {"q_filters": ("layers", "heads", "head_dim")}  # noqa: RUF012
 
     def score(self, context: ScoringContext) -> Tensor:

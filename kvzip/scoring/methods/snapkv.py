@@ -24,6 +24,7 @@ class SnapKV(PrefillScorer):
 
     name = "snapkv"
     paper = "arXiv 2404.14469"
+    level = "pair-uniform"
     needs = "the last queries"
 
     window_size: int = 64
