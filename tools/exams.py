@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,11 @@ from kvzip.data import Record
 
 TASKS = ("facts", "kv", "passkey")
 Row = dict[str, Any]
+
+
+def described(settings: Mapping[str, object]) -> str:
+    """Settings as a page tells them: "model bundled, documents 3"."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 class Exam(NamedTuple):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip import KVCache, ModelKVzip
-from tools.exams import TASKS, Exam, Row, exams, mean, right, sit
+from tools.exams import TASKS, Exam, Row, described, exams, mean, right, sit
 
 ROOT = Path(__file__).resolve().parent.parent
 BITS = (16, 8, 4)
@@ -142,7 +142,7 @@ def main() -> None:
         "Exact answers in per cent, and K and V bytes over those of the full float32 cache; columns: ratio kept. "
         "Command: `python -m tools.frontier`",
         "",
-        str(settings),
+        described(settings),
         "",
     ]
     text = "\n".join([*head, *table(rows)])

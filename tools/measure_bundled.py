@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from kvzip import ModelKVzip, __version__
-from tools.exams import TASKS, Exam, Row, exams, scores, sit
+from tools.exams import TASKS, Exam, Row, described, exams, scores, sit
 
 ROOT = Path(__file__).resolve().parent.parent
 SCORERS = ("kvzip", "kvzip_plus", "streaming_llm", "knorm", "random")
@@ -97,7 +97,7 @@ def main() -> None:
     rows = [{"cell": list(cell), "scores": scores} for cell, scores in found.items()]
     args.out.with_suffix(".json").write_text(json.dumps({"settings": settings, "found": rows}) + "\n")
     text, command = table(found), "python -m tools.measure_bundled"
-    head = f"Exact answers in per cent, with one prefill a document. Command: `{command}`\n\n{settings}"
+    head = f"Exact answers in per cent, with one prefill a document. Command: `{command}`\n\n{described(settings)}"
     args.out.with_suffix(".md").write_text(f"{head}\n\n{text}")
     print(text)
 

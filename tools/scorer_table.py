@@ -18,7 +18,7 @@ from typing import Any
 
 from kvzip import ModelKVzip, list_scorers
 from kvzip.scoring import PrefillScorer, get_scorer
-from tools.exams import TASKS, Exam, Row, exams, mean, right, sit
+from tools.exams import TASKS, Exam, Row, described, exams, mean, right, sit
 
 ROOT = Path(__file__).resolve().parent.parent
 RATIOS = (0.5, 0.3, 0.1)
@@ -128,7 +128,7 @@ def main() -> None:
         f"Exact answers of the bundled model in per cent ({len(TASKS) * args.documents} documents of {args.length} "
         f"tokens, {args.questions} questions each at most; the full cache: {100 * full:.1f}) after keeping a half,",
         "30 % and 10 %, with the level of the method's paper and with `pair`. Methods without figures need a file or a",
-        f"question. Command: `python -m tools.scorer_table`, which writes this page; settings {settings}.",
+        f"question. Command: `python -m tools.scorer_table`, which writes this page: {described(settings)}.",
         "",
     ]
     args.out.write_text("\n".join([*head, *table(rows)]) + "\n")

@@ -139,6 +139,12 @@ def test_all_that_changes_a_store_is_done_to_an_offloaded_one(far, kv_type, tmp_
     loaded = model().load_kv(tmp_path / "kv")
     assert_same(here, loaded)
     assert_same(here, away.to("cpu"))
+    here.save(tmp_path / "kv")
+    loaded = model().load_kv(tmp_path / "kv", offload="cpu")
+    assert loaded.offloaded == "cpu"
+    assert_same(here, loaded)
+    with pytest.raises(ValueError, match="'gpu'"):
+        model().load_kv(tmp_path / "kv", offload="gpu")
 
 
 def test_what_needs_the_whole_store_has_it_for_the_time(far):

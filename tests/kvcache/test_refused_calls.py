@@ -77,8 +77,10 @@ def test_states_that_no_codes_can_hold_are_found_before_any_layer_is_quantised(v
     keys = last.store.keys.clone()
     keys[len(PREFIX) + 3, 0] = value
     last.put(replace(last.store, keys=keys))
-    with pytest.raises(ValueError, match="not finite, or too large"):
-        kv.prune(0.5, bits=4)
+    keep = kv.scores > kv.scores.median()
+    for call in (lambda: kv.prune(0.5, bits=4), lambda: kv.prune_to(keep, bits=4), lambda: kv.quantize(8)):
+        with pytest.raises(ValueError, match="not finite, or too large"):
+            call()
     assert {layer.bits for layer in kv.context_layers} == {16}
     assert kv.ratio == 1
     keys[len(PREFIX) + 3, 0], keys[0, 0] = 1.0, 1e7  # the prefix is not quantised
@@ -129,3 +131,26 @@ def test_a_level_of_two_stages_says_how_to_get_the_second_scores():
     check_refused(
         prefill(), lambda kv: kv.prune(0.5, "critical"), r"not scored by 'output_norm'.*'knorm'.*scorer=\[.*model.score"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"level": "pairs"}, "unknown level 'pairs'"),
+        ({"scorer": "keydiff"}, "'keydiff'"),
+        ({"tokens": 20}, "one of ratio, tokens.*ratio and tokens"),
+        ({"level": "critical"}, "output_norm"),
+    ],
+)
+def test_auto_with_what_does_not_go_with_it_computes_nothing(monkeypatch, options, words):
+    monkeypatch.setattr(model(), "find_ratio", lambda *_, **__: pytest.fail("the context was read"))
+    check_refused(prefill(), lambda kv: kv.prune("auto", **options), words)
+
+
+def test_what_a_kv_was_pruned_with_says_nothing_about_what_joins_it():
+    kv = prefill()
+    kv.prune(0.3)
+    assert "ratio 0.3" in repr(kv)
+    kv.extend(MORE)
+    assert kv.pruned_with == {}
+    assert "ratio 0.3" not in repr(kv)

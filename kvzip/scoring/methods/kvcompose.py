@@ -31,6 +31,7 @@ class KVCompose(Scorer):
     name = "kvcompose"
     paper = "arXiv 2509.05165"
     level = "kvcompose"
+    needs = "positions for the context twice"
     cost = "one more forward pass over the context, which attends to it twice"
 
     agg_task: str = "max"

@@ -60,7 +60,7 @@ class PiKV(RouterSettings, FileScorer, PrefillScorer):
     name = "pikv"
     paper = "arXiv 2508.06526"
     level = "adakv(alpha=0)"
-    needs = "what its experts need; a file of a trained router"
+    needs = "what its experts need; a file only for a trained router"
     cost = "that of its experts"
 
     experts: tuple[str | Scorer, ...] | None = None
