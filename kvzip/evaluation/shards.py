@@ -25,9 +25,9 @@ class Shard:
         if self.count < 1 or not 0 <= self.index < self.count:
             raise ValueError(f"shard {self.index} of {self.count} does not exist; they are numbered from 0")
 
-    def takes(self, position: int) -> bool:
-        """Whether the context at `position` of a dataset is this process's."""
-        return position % self.count == self.index
+    def takes(self, number: int) -> bool:
+        """Whether this process does the context `number`, counted through all datasets."""
+        return number % self.count == self.index
 
     @property
     def name(self) -> str:

@@ -165,7 +165,8 @@ def run(model: ModelKVzip, sweep: Sweep, folder: Path, shard: Shard | None = Non
     sources, cells = sweep.sources(model.tokenizer), sweep.cells
     heads = load_head_scores(model, sweep.head_scores)
     about = environment.describe() | {"device": environment.device_name(model.device), "backend": model.backend}
-    samples = [sample for source in sources for sample in source.samples() if shard.takes(sample.position)]
+    everything = [sample for source in sources for sample in source.samples()]
+    samples = [sample for number, sample in enumerate(everything) if shard.takes(number)]
     left_out: dict[str, list[int]] = {}
     with ResultsFile(folder, shard, sweep.settings(model, sources), about) as results:
         before = results.count

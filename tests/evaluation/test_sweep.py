@@ -198,6 +198,15 @@ def test_two_shards_are_the_single_run(model, whole, tmp_path):
     assert merge([tmp_path]).notes == []
 
 
+def test_shards_share_many_datasets_of_one_context_each(model, tmp_path):
+    one = dataclasses.replace(SMALL, num=1)
+    for index in (0, 1):
+        run(model, one, tmp_path, Shard(index, 2), quiet=True)
+    files = sorted(tmp_path.glob("*.jsonl"))
+    assert [{line.dataset for line, _ in read_lines(file)} for file in files] == [{"facts:60"}, {"kv:60"}]
+    assert merge([tmp_path]).notes == []
+
+
 @pytest.mark.parametrize(
     ("name", "value", "shown"),
     [
