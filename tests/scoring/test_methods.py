@@ -92,8 +92,8 @@ def test_several_scorers_ride_on_one_prefill():
     assert torch.equal(both.scores, prefill("knorm").scores)
     for name, alone in (("random", Random(seed=3)), ("streaming_llm", "streaming_llm"), (None, "knorm")):
         once = prefill(alone)
-        both.prune(0.3, scorer=name)
-        once.prune(0.3)
+        both.prune(0.3, "pair", scorer=name)
+        once.prune(0.3, "pair")
         assert torch.equal(both.keep_mask, once.keep_mask)
         assert both.pruned_with == once.pruned_with
     with pytest.raises(ValueError, match=r"'kvzip'.*knorm.*random.*streaming_llm"):
