@@ -22,7 +22,7 @@ from tools.bundled.attention import use_packed
 from tools.bundled.evaluate import evaluate, pack, whole_answers
 from tools.bundled.init import initialize, load_grown
 from tools.bundled.parallel import average_gradients, gather, launch
-from tools.bundled.samples import IGNORE, QA_TASKS, Sample, Sampler, split_sentences
+from tools.bundled.samples import IGNORE, LISTS, QA_TASKS, Sample, Sampler, split_sentences
 from tools.bundled.tokenizer import read_texts, train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def train_step(model: LlamaForCausalLM, samples: list[Sample], device: torch.dev
     """Run forward and backward on one batch; logits are made at supervised positions only.
 
     Returns:
-        per task [right, all], counting whole answers to questions and tokens of repeats.
+        per task [right, all], counting whole answers to questions, and tokens of repeats and lists.
     """
     ids, positions, targets, weights = (tensor.to(device) for tensor in pack(samples))
     supervised = targets != IGNORE
@@ -101,7 +101,7 @@ def train_step(model: LlamaForCausalLM, samples: list[Sample], device: torch.dev
     for sample in samples:
         asked = [label for label in sample.labels[1:] if label != IGNORE]
         parts = [next(right) for _ in asked]
-        if sample.task in QA_TASKS:
+        if sample.task in QA_TASKS and sample.task not in LISTS:
             parts = whole_answers(asked, parts, asked[-1])
         entry = found.setdefault(sample.task, [0.0, 0.0])
         entry[0] += sum(parts)

@@ -23,6 +23,7 @@ _SCBENCH = ("scbench_kv", "scbench_prefix_suffix", "scbench_vt", "scbench_mf", "
 
 # Names that stand for several datasets: patterns of their names. Of SCBench, what needs no files.
 GROUPS: dict[str, tuple[str, ...]] = {
+    "exams": ("facts", "kv", "passkey", "niah_single_[12]", "niah_multikey_[12]", "niah_multi[vq]*"),
     "niah": ("niah_*",),
     "ruler": ("niah_*", "ruler_*"),
     "scbench": _SCBENCH,

@@ -26,7 +26,7 @@ def check_scorer(scorer: str) -> Scorer:
         ValueError: unknown name or setting, or a method that scores for one question.
     """
     found = get_scorer(scorer)
-    if found.needs.startswith("a query"):
+    if found.needs_query:
         raise ValueError(f"scorer {scorer!r} scores a context for one question; here contexts are compressed for all")
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip.evaluation.lines import Key, Line, read_lines
-from kvzip.evaluation.results import difference, read_state
+from kvzip.evaluation.results import Refusal, difference, read_state
 from kvzip.evaluation.shards import Shard
 
 # Settings in which sweeps in one report may differ: they say what is compared, not how.
@@ -147,12 +147,18 @@ def _missing(
     notes += [f"{folder}: {file.stem} is not finished" for file, state in states.items() if "finished" not in state]
     curves = len(settings["scorers"]) * (len(settings["levels"]) or 1) + bool(settings["head_scores"])
     cells = curves * len(settings["ratios"]) * len(settings["bits"])
-    left = Counter({line.key[:2]: line.num_questions * cells for line in lines})
+    refusals = [Refusal(*found) for state in states.values() for found in state.get("refused", ())]
+    of_scorer = cells // curves * (len(settings["levels"]) or 1)
+    pruned = of_scorer * sum(ratio < 1 for ratio in settings["ratios"]) // len(settings["ratios"])
+    refused = Counter((one.dataset, one.sample) for one in refusals)
+    left = Counter({line.key[:2]: line.num_questions * (cells - pruned * refused[line.key[:2]]) for line in lines})
     left.subtract(line.key[:2] for line in lines)
     for label, samples in settings["data"].items():
         left_out = {index for state in states.values() for index in state.get("finished", {}).get(label, ())}
         wanted = set(range(settings["start"], settings["start"] + samples)) - left_out
-        lacking = [sample for sample in sorted(wanted) if left.get((label, sample), 1)]
+        lacking = [
+            sample for sample in sorted(wanted) if left.get((label, sample), cells - pruned * refused[label, sample])
+        ]
         if lacking:
             notes.append(
                 f"{folder}: {label} lacks answers to {len(lacking)} of {len(wanted)} samples: {_some(lacking)}"
@@ -162,6 +168,9 @@ def _missing(
             notes.append(
                 f"{folder}: {len(left_out)} contexts of {label} have more than {limit} tokens and were left out"
             )
+    for (label, scorer), number in Counter((one.dataset, one.scorer) for one in refusals).items():
+        why = next(one.why for one in refusals if (one.dataset, one.scorer) == (label, scorer))
+        notes.append(f"{folder}: {scorer} has no scores of {number} contexts of {label}: {why}")
     return notes
 
 

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvzip.evaluation.lines import Cell, Line, read_lines
 from kvzip.evaluation.shards import Shard
@@ -18,6 +18,18 @@ from kvzip.kvcache.store import FULL
 
 FORMAT = "kvzip-results/1"
 _NEEDED = ("data", "scorers", "levels", "ratios", "head_scores", "start", "max_context")  # settings that reports read
+
+
+class Refusal(NamedTuple):
+    """A scorer, as it was given, that could not score a context, and why."""
+
+    dataset: str
+    sample: int
+    scorer: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.dataset}, sample {self.sample}: {self.why}"
 
 
 class ResultsFile:
@@ -108,9 +120,10 @@ class ResultsFile:
     def _done_of(self, line: Line) -> set[int]:
         return self._done.get((line.dataset, line.sample), {}).get(line.cell, set())
 
-    def finish(self, left_out: Mapping[str, Sequence[int]]) -> None:
-        """Note that nothing is missing but, for each dataset, the samples that were left out."""
+    def finish(self, left_out: Mapping[str, Sequence[int]], refusals: Sequence[Refusal] = ()) -> None:
+        """Note that nothing is missing but, for each dataset, the samples that were left out, and what was refused."""
         self._state["finished"] = {name: list(samples) for name, samples in left_out.items()}
+        self._state["refused"] = list(refusals)
         self._write_state()
 
     def _write_state(self) -> None:

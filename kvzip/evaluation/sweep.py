@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from kvzip.data import Record
 from kvzip.data.registry import resolve
 from kvzip.evaluation import environment
-from kvzip.evaluation.asking import ask_timed, check_scorer
-from kvzip.evaluation.lines import Cell, Line
-from kvzip.evaluation.results import ResultsFile
-from kvzip.evaluation.samples import Sample, Source
+from kvzip.evaluation.answering import HEAD_SCORES, Asked
+from kvzip.evaluation.asking import check_scorer
+from kvzip.evaluation.lines import Cell
+from kvzip.evaluation.results import Refusal, ResultsFile
+from kvzip.evaluation.samples import Source
 from kvzip.evaluation.shards import Shard
-from kvzip.kvcache import KVCache, check_bits
+from kvzip.kvcache import check_bits
 from kvzip.kvcache.selection import check_ratio, get_level
 from kvzip.kvcache.store import FULL
 from kvzip.model import ModelKVzip
 from kvzip.model.calibration import load_head_scores
 from kvzip.scoring import get_scorer
-
-HEAD_SCORES = "head_scores"  # in place of a scorer: stored head scores, at level "head"
 
 
 @dataclass(frozen=True)
@@ -157,8 +152,10 @@ def run(model: ModelKVzip, sweep: Sweep, folder: Path, shard: Shard | None = Non
     Returns:
         Lines written.
 
+    Scorers that cannot score a context are left out there, and the results say so.
+
     Raises:
-        ValueError: data that cannot be read or used, or a folder with results of other settings.
+        ValueError: data that cannot be read or used, or a folder with results of other settings; no scorer can score.
         OSError: results that cannot be written.
     """
     shard = shard or Shard()
@@ -168,6 +165,7 @@ def run(model: ModelKVzip, sweep: Sweep, folder: Path, shard: Shard | None = Non
     everything = [sample for source in sources for sample in source.samples()]
     samples = [sample for number, sample in enumerate(everything) if shard.takes(number)]
     left_out: dict[str, list[int]] = {}
+    refusals: list[Refusal] = []
     with ResultsFile(folder, shard, sweep.settings(model, sources), about) as results:
         before = results.count
         missing = [[cell for cell in cells if not results.is_complete(*sample.key, cell)] for sample in samples]
@@ -187,9 +185,14 @@ def run(model: ModelKVzip, sweep: Sweep, folder: Path, shard: Shard | None = Non
                     for lines in asked.answers(todo):
                         results.append(lines)
                         bar.update(len({line.cell for line in lines}))
+                    for scorer, why in asked.refused.items():
+                        refusals.append(Refusal(sample.source.label, sample.index, scorer, why))
+                        bar.update(sum(cell.scorer == scorer and cell.ratio < 1 for cell in todo))
                 except ValueError as error:
                     raise ValueError(f"{sample}: {error}") from error
-        results.finish(left_out)
+        if refusals and not results.count:
+            raise ValueError(str(refusals[0]))
+        results.finish(left_out, refusals)
         return results.count - before
 
 
@@ -198,97 +201,3 @@ def _progress(total: int, done: int, shard: Shard, quiet: bool) -> tqdm:
     where = {"position": shard.local_index} if shard.local_index and sys.stderr.isatty() else {}
     unit = "run" if shard.count == 1 else f"run of shard {shard.index} of {shard.count}"
     return tqdm(total=total, initial=done, unit=unit, disable=quiet, mininterval=seldom, dynamic_ncols=True, **where)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A sample and what it is asked with.
-
-    Attributes:
-        head_scores: (num_layers, num_key_value_heads), for cells of `HEAD_SCORES`.
-    """
-
-    model: ModelKVzip
-    sweep: Sweep
-    sample: Sample
-    record: Record
-    head_scores: Tensor | None
-
-    def answers(self, cells: Sequence[Cell]) -> Iterator[list[Line]]:
-        """Prefill the context and ask its questions with each of `cells`; yield their lines as they come.
-
-        A pruned cache is a clone with what is pruned evicted: its bytes are real, and decoding reads no more than them.
-        """
-        full, pruned = [cell for cell in cells if cell.ratio == 1], [cell for cell in cells if cell.ratio < 1]
-        for index, scorers in enumerate(self.sweep.rounds):
-            own = [cell for cell in pruned if cell.scorer in scorers or (index == 0 and cell.scorer == HEAD_SCORES)]
-            if not own and (index > 0 or not full):
-                continue
-            kv, seconds = self._prefill(list(scorers) if any(cell.scorer in scorers for cell in own) else None)
-            if index == 0:
-                yield from self._unpruned(full, kv, seconds)
-            for cell in own:
-                clone = kv.clone()
-                clone.prune(cell.ratio, cell.level, scorer=scorers.get(cell.scorer), bits=cell.bits)
-                yield self._lines([cell], clone, seconds)
-
-    def _unpruned(self, cells: Sequence[Cell], kv: KVCache, prefill_seconds: float) -> Iterator[list[Line]]:
-        """Ask with all pairs kept: one cache of each number of bits serves all its cells."""
-        for bits in sorted({cell.bits for cell in cells}, reverse=True):
-            clone = kv.clone()
-            if bits != FULL:
-                clone.quantize(bits)
-            yield self._lines([cell for cell in cells if cell.bits == bits], clone, prefill_seconds)
-
-    def _prefill(self, scorers: list[str] | None) -> tuple[KVCache, float]:
-        """The scored kv, and the seconds that it took."""
-        torch.manual_seed(self.sweep.seed + self.sample.index)
-        start = time.perf_counter()
-        kv = self.model.prefill(self.record.context, scorer=scorers, kv_type="evict")
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        if self.head_scores is not None:
-            kv.set_head_scores(self.head_scores)
-        return kv, seconds
-
-    def _lines(self, cells: Sequence[Cell], kv: KVCache, prefill_seconds: float) -> list[Line]:
-        """Ask everything of `kv`, which serves all of `cells`."""
-        record, lines, size = self.record, [], self.sweep.batch_size
-        options = {} if self.sweep.max_new_tokens is None else {"max_new_tokens": self.sweep.max_new_tokens}
-        for first in range(0, len(record.questions), size):
-            batch = range(first, min(first + size, len(record.questions)))
-            found = ask_timed(self.model, kv, record, batch, **options)
-            seconds = {
-                "prefill": prefill_seconds,
-                "question": found.question_seconds,
-                "per_token": found.seconds_per_token,
-            }
-            for question, text, tokens in zip(batch, found.texts, found.tokens, strict=True):
-                score = self.sample.source.dataset.score(text, record.answers[question])
-                for cell in cells:
-                    line = Line(
-                        dataset=self.sample.source.label,
-                        sample=self.sample.index,
-                        question=question,
-                        num_questions=len(record.questions),
-                        scorer=cell.scorer,
-                        level=cell.level,
-                        ratio=cell.ratio,
-                        compression_ratio=round(1 - cell.ratio, 10),
-                        bits=kv.bits,
-                        kept=kv.ratio,
-                        context_tokens=kv.context_length,
-                        kv_bytes=kv.nbytes,
-                        full_kv_bytes=kv.full_nbytes,
-                        score=float(score),
-                        prediction=text,
-                        references=list(record.answers[question]),
-                        prompt=record.questions[question],
-                        answer_prefix=record.prefixes[question],
-                        answer_tokens=tokens,
-                        meta=dict(record.meta),
-                        seconds=seconds,
-                    )
-                    lines.append(line)
-        return lines

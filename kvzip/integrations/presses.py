@@ -15,6 +15,8 @@ from kvzip.model import Decoding
 from kvzip.scoring import Scorer, get_scorer
 from kvzip.scoring.methods.pikv import PiKV
 
+THEIRS = {"n_future": "n_future_positions"}  # settings of ours that kvpress calls otherwise
+
 
 class Row(NamedTuple):
     """What stands for one of kvpress's presses.
@@ -93,7 +95,8 @@ class TablePress(ScorerPress):
     def scorers(self) -> tuple[Scorer, ...]:
         """See `ScorerPress`."""
         cls = type(get_scorer(str(self._now().scorer)))
-        return (cls(**{one.name: getattr(self, one.name) for one in fields(cls) if one.init}),)  # type: ignore[arg-type]
+        names = [one.name for one in fields(cls) if one.init]  # type: ignore[arg-type]
+        return (cls(**{name: getattr(self, THEIRS.get(name, name)) for name in names}),)
 
     def level(self) -> str | Level | None:
         """See `ScorerPress`."""
@@ -192,8 +195,8 @@ def make_press(name: str, row: Row, module: str) -> type[TablePress]:
     own |= {one: field(default=value) for one, value in row.more.items()}
     own |= {one: field(default=not value) for one, value, _, _ in row.variants}
     if row.scorer:
-        settings = fields(type(get_scorer(row.scorer)))  # type: ignore[arg-type]
-        own |= {one.name: field(default=one.default, repr=one.repr) for one in settings if one.init}
+        settings = [one for one in fields(type(get_scorer(row.scorer))) if one.init]  # type: ignore[arg-type]
+        own |= {THEIRS.get(one.name, one.name): field(default=one.default, repr=one.repr) for one in settings}
     listed: list[Any] = [("press", ScorerPress)] if row.scorer is None else []
     listed += [(one, Any, value) for one, value in own.items()]
     base = WrapperPress if row.scorer is None else RouterPress if row.remembers else TablePress

@@ -151,7 +151,8 @@ class KVCache(ScoredContext):
                 has. The kv is unchanged.
         """
         check_merge(merge, self.kv_type)
-        bits = self.checked_bits(self.kv_bits if bits is None and self.bits == FULL else bits)
+        bits = self.kv_bits if bits is None and self.bits == FULL else bits
+        check_bits(self.bits if bits is None else bits, self.bits)
         evidence: dict[str, str | float] = {}
         if isinstance(ratio, str):
             ratio, evidence = pruning.automatic(
@@ -224,7 +225,7 @@ class KVCache(ScoredContext):
                 The kv is unchanged.
         """
         check_merge(merge, self.kv_type)
-        bits = self.checked_bits(bits)
+        check_bits(self.bits if bits is None else bits, self.bits)
         now = self.keep_mask
         if keep.dtype != torch.bool or keep.shape != now.shape:
             raise ValueError(f"keep must be bool of shape {tuple(now.shape)}, got {keep.dtype} {tuple(keep.shape)}")

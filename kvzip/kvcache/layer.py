@@ -260,9 +260,7 @@ class ContextLayer(CacheLayerMixin, KVStates, Offloadable):
         Raises:
             ValueError: other bits than `store.CHOICES`, or than a quantised store has. The layer is unchanged.
         """
-        bits = self.bits if bits is None else check_bits(bits)
-        if self.bits not in (FULL, bits):
-            raise ValueError(f"this kv is quantised to {self.bits} bits already, so it cannot have {bits}")
+        bits = self.bits if bits is None else check_bits(bits, self.bits)
         keep = keep.to(self.store.keys.device)
         if not evict:
             self.mask_rows(keep)

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from kvzip.kvcache.layer import ContextLayer
 from kvzip.kvcache.offload import move_stores
 from kvzip.kvcache.sliding import SlidingLayer
-from kvzip.kvcache.store import FULL, check_bits, check_range, nbytes_of
+from kvzip.kvcache.store import FULL, check_range, nbytes_of
 
 
 class StoredContext(Cache):
@@ -101,16 +101,6 @@ class StoredContext(Cache):
         for layer, kept in zip(self.context_layers, keep.sum(-1).tolist(), strict=True):
             other += nbytes_of(layer.store, layer.prefix_length, kept, layer.bits if bits is None else bits)
         return other
-
-    def checked_bits(self, bits: int | None) -> int | None:
-        """Return `bits`, of a stored number, where this kv can have them; None = as now.
-
-        Raises:
-            ValueError: not one of `store.CHOICES`, or other bits than a quantised kv has.
-        """
-        if bits is not None and check_bits(bits) != self.bits and self.bits != FULL:
-            raise ValueError(f"this kv is quantised to {self.bits} bits already, so it cannot have {bits}")
-        return bits
 
     def check_range(self, bits: int | None) -> None:
         """Raise ValueError where a layer holds keys or values that cannot be quantised to `bits`."""

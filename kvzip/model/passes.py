@@ -15,7 +15,7 @@ from kvzip.kvcache import ContextLayer, KVCache
 from kvzip.model.gradients import gradient_norms
 from kvzip.model.prompting import Prompting
 from kvzip.model.watching import ModuleInputs, Watch, inputs_of
-from kvzip.scoring import AttentionCall, Blend, LayerView, Notes, PrefillScorer, Scorer, ScoringContext
+from kvzip.scoring import AttentionCall, Blend, LayerView, Notes, PrefillScorer, Scorer, ScoringContext, ScoringError
 
 T = TypeVar("T")
 LONG_CONTEXT = 8192  # tokens from which a progress bar is shown
@@ -75,10 +75,17 @@ def score(kv: KVCache, scorers: Iterable[Scorer], context: ScoringContext, notes
 
     Args:
         notes: what those that watched the prefill noted, by name.
+
+    Raises:
+        ScoringError: what one of them raised.
     """
     with torch.no_grad():
         for one in scorers:
-            kv.set_scores(one.name, *as_blend(one.score(replace(context, notes=notes.get(one.name, [])))))
+            try:
+                found = one.score(replace(context, notes=notes.get(one.name, [])))
+            except ValueError as error:
+                raise ScoringError(one.name, str(error)) from error
+            kv.set_scores(one.name, *as_blend(found))
     kv.compact()
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def refuse_blocks(scorers: Sequence[Scorer]) -> None:
     """Raise ValueError where a method needs a whole context, for learned tokens or a query, that comes in blocks."""
     for one in scorers:
-        if one.needs.startswith("a query"):
+        if one.needs_query:
             raise ValueError(f"{one.name} scores a context for a question, and one that comes in blocks has none")
         if isinstance(one, RestoreKV):
             raise ValueError(f"{one.name} runs its tokens over a whole context: it takes no budget, pieces or extend")

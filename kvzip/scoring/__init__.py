@@ -10,6 +10,7 @@ from kvzip.scoring.base import (
     PrefillScorer,
     Scorer,
     ScoringContext,
+    ScoringError,
 )
 from kvzip.scoring.registry import ScorerInfo, get_scorer, list_scorers, named_scorers, register
 
@@ -24,6 +25,7 @@ __all__ = [
     "Scorer",
     "ScorerInfo",
     "ScoringContext",
+    "ScoringError",
     "get_scorer",
     "list_scorers",
     "named_scorers",

@@ -189,6 +189,14 @@ class ScoringContext:
         return len(self.layers), self.layers[0].all_keys.shape[0], self.context_length
 
 
+class ScoringError(ValueError):
+    """A method cannot score a context; `scorer` is its name."""
+
+    def __init__(self, scorer: str, why: str) -> None:
+        super().__init__(why)
+        self.scorer = scorer
+
+
 class Scorer(ABC):
     """A method: a frozen dataclass of its hyper-parameters, registered under `name`.
 
@@ -197,6 +205,7 @@ class Scorer(ABC):
         paper: where it comes from.
         level: the level that its paper prunes with; `prune`'s default where this scorer is the first.
         needs: what it needs beside the cached states, in words.
+        needs_query: whether it scores a context for one question, given to `prefill`.
         cost: what scoring costs, in words.
     """
 
@@ -204,6 +213,7 @@ class Scorer(ABC):
     paper: ClassVar[str]
     level: ClassVar[str] = "pair"
     needs: ClassVar[str] = "nothing"
+    needs_query: ClassVar[bool] = False
     cost: ClassVar[str] = "negligible"
 
     @abstractmethod

@@ -17,11 +17,6 @@ class ScorerInfo(NamedTuple):
     needs: str
     cost: str
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether it works with any model as it is: without a file made for the model, and without the question."""
-        return not self.needs.startswith(("a file", "a query"))
-
 
 def get_scorer(scorer: str | Scorer) -> Scorer:
     """Return a scorer by name, perhaps with settings ("snapkv(window_size=32)"), or the given object itself.
@@ -39,6 +34,6 @@ def list_scorers() -> list[ScorerInfo]:
 
 def named_scorers(names: str) -> list[str]:
     """Split a comma list of names and settings; "all" stands for all that need no file and no question."""
-    alone = [info.name for info in list_scorers() if info.is_alone]
+    alone = [cls.name for cls in _SCORERS.classes() if not cls.needs_query and not cls.needs.startswith("a file")]
     found = [name for given in split_list(names) for name in (alone if given == "all" else [given])]
     return list(dict.fromkeys(found)) if "all" in split_list(names) else found

@@ -64,13 +64,13 @@ def watch_queries(call: PrefillCall, notes: Notes, n_sink: int, *, scatter: bool
     notes["moments"] = notes["moments"].merge(new) if "moments" in notes else new
 
 
-def watch_future(call: PrefillCall, notes: Notes, n_future_positions: int) -> None:
+def watch_future(call: PrefillCall, notes: Notes, n_future: int) -> None:
     """Note what a later query meets: `scaling`, and `rotation`, the mean RoPE matrix of positions after the context.
 
-    rotation: (head_dim, head_dim) float32, over the `n_future_positions` positions from the context's end on.
+    rotation: (head_dim, head_dim) float32, over the `n_future` positions from the context's end on.
     """
     if call.start + call.query.shape[1] == call.length:
-        positions = torch.arange(call.length, call.length + n_future_positions) + call.offset
+        positions = torch.arange(call.length, call.length + n_future) + call.offset
         matrix = call.rotation.at(positions).mean().matrix(call.query.shape[2])
         notes |= {"scaling": call.scaling, "rotation": matrix.to(call.query.device)}
 

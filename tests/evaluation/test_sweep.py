@@ -262,6 +262,30 @@ def test_an_error_names_the_sample_and_keeps_what_was_computed(model, tmp_path, 
     assert {line.dataset for line in merge([tmp_path]).lines} == {"facts:60"}
 
 
+def test_a_scorer_that_cannot_score_a_context_is_left_out_there_and_the_rest_goes_on(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(model), "max_positions", 500)  # of which kvcompose needs two for a token
+    sweep = Sweep("facts:60,facts:300", ("random", "kvcompose"), ratios=(0.5, 1.0), num=2)
+    lines = run(model, sweep, tmp_path, quiet=True)
+    results = merge([tmp_path])
+    pruned = {(line.dataset, line.sample, line.scorer) for line in results.lines if line.ratio < 1}
+    assert pruned == {
+        (label, sample, scorer) for label in ("facts:60", "facts:300") for sample in (0, 1)
+        for scorer in ("random", "kvcompose") if (label, scorer) != ("facts:300", "kvcompose")
+    }  # fmt: skip
+    assert lines == len(results.lines) > 0
+    (note,) = results.notes
+    assert "kvcompose has no scores of 2 contexts of facts:300: kvcompose reads the context twice, which needs" in note
+    assert run(model, sweep, tmp_path, quiet=True) == 0
+    assert merge([tmp_path]).notes == results.notes
+
+
+def test_where_no_scorer_can_score_the_error_names_the_sample(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(model), "max_positions", 500)
+    sweep = Sweep("facts:300", ("kvcompose",), ratios=(0.5,), num=2)
+    with pytest.raises(ValueError, match="facts:300, sample 0: kvcompose reads the context twice"):
+        run(model, sweep, tmp_path, quiet=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

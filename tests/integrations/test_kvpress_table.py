@@ -34,6 +34,7 @@ def test_every_press_of_the_table_can_be_made_and_knows_its_scorer_and_level(nam
     ("name", "settings", "scorer", "level"),
     [
         ("SnapKVPress", {"window_size": 8}, "snapkv(window_size=8)", "pair-uniform"),
+        ("ExpectedAttentionPress", {"n_future_positions": 32}, "expected_attention(n_future=32)", "pair-uniform"),
         ("KVzipPress", {}, "kvzip", "pair"),
         ("KVzipPress", {"layerwise": True}, "kvzip", "adakv(alpha=0)"),
         ("KVzipPress", {"kvzip_plus_normalization": True, "n_sink": 4}, "kvzip_plus(n_sink=4)", "pair"),

@@ -17,7 +17,7 @@ from kvzip.scoring.methods.kvzap import KVzap
 from kvzip.scoring.methods.qfilter import QFilter
 from tests.parity import golden
 from tests.parity.golden import recorded, variants
-from tests.parity.test_parity_kvpress import TOLERANCE, at_count, check_mask, check_scores
+from tests.parity.test_parity_kvpress import TOLERANCE, at_count, check_mask, check_scores, known_settings
 
 MANIFEST = golden.manifest("kvpress")
 CLASSES = {
@@ -64,7 +64,7 @@ def test_scores_and_masks_from_a_converted_release(file, variant, tmp_path):
     settings, found = recorded(file, variant)
     name, out = CLASSES[press].name, tmp_path / "ours.safetensors"
     convert(name, released(press, found, tmp_path), out, model=file)
-    known = {key: settings[key] for key in ("n_sink", "window_ratio", "n_future_positions") if key in settings}
+    known = known_settings(CLASSES[press], settings)
     model, ids = inputs(file)
     scores = model.prefill(ids, prefix_ids=[], scorer=CLASSES[press](path=out, **known)).scores
     check_scores(scores, found["scores"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvzip.integrations.presses import THEIRS
 from kvzip.kvcache.selection import top_k_mask
 from kvzip.scoring import get_scorer, list_scorers
 from kvzip.scoring.reconstruction import Reconstruction
@@ -48,11 +49,16 @@ def class_of(press, settings):
     return type(get_scorer("kvzip_plus" if settings.get("kvzip_plus_normalization") else press))
 
 
+def known_settings(cls, settings):
+    """Those of the recorded hyper-parameters that our scorer has, under its own names."""
+    names = {THEIRS.get(name, name): name for name in inspect.signature(cls).parameters}
+    return {names[name]: value for name, value in settings.items() if name in names}
+
+
 def with_settings(press, settings, **more):
-    """Our scorer with those of the recorded hyper-parameters that it has."""
+    """Our scorer with the recorded hyper-parameters."""
     cls = class_of(press, settings)
-    known = inspect.signature(cls).parameters
-    return cls(**{name: value for name, value in settings.items() if name in known}, **more)
+    return cls(**known_settings(cls, settings), **more)
 
 
 @pytest.mark.parametrize(("file", "variant"), CASES)

@@ -268,7 +268,7 @@ def test_the_papers_level_is_prunes_default():
     ("text", "words"),
     [
         ("expected_attention(n_sink=-1)", "n_sink.*-1"),
-        ("expected_attention(n_future_positions=0)", "n_future_positions.*1 or more.*0"),
+        ("expected_attention(n_future=0)", "n_future.*1 or more.*0"),
         ("expected_attention(epsilon=-0.5)", r"epsilon.*-0\.5"),
         ("expected_attention(epsilon='much')", "epsilon.*'much'"),
         ("cap(tau=-1)", "tau.*-1"),

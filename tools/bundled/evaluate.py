@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import LlamaForCausalLM
 
 from kvzip.data import score
-from tools.bundled.samples import IGNORE, OWN_TASKS, QA_TASKS, RULER_ROOM, Sample, Sampler
+from tools.bundled.samples import IGNORE, LISTS, OWN_TASKS, QA_TASKS, RULER_ROOM, Sample, Sampler
 
 
 def pack(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,7 +61,9 @@ def answer(model: LlamaForCausalLM, sampler: Sampler, sample: Sample) -> float:
     ids = torch.tensor([sample.ids[:start]], device=model.device)
     output = model.generate(ids, do_sample=False, max_new_tokens=len(gold) + 4)  # type: ignore[misc]
     text = str(sampler.tokenizer.decode(output[0, start:], skip_special_tokens=True))
-    return score(sample.task, text, [str(sampler.tokenizer.decode(gold))])
+    expected = str(sampler.tokenizer.decode(gold))
+    listed = [value for value in re.findall(r"\w+", expected) if value != "and"]
+    return score(sample.task, text, listed if sample.task in LISTS else [expected])
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig
 
-from tools.bundled.samples import OWN_TASKS, QA_TASKS, RULER_ROOM, Sample, Sampler
+from tools.bundled.samples import LISTS, QA_TASKS, ROOM, Sample, Sampler
 from tools.bundled.tokenizer import MAX_LENGTH, VOCAB_SIZE
 
 BETAS = (0.9, 0.98)
@@ -18,7 +18,7 @@ CLIP = 1.0
 WARMUP_STEPS = 50
 DECAY_FROM = 0.4  # share of the time after which the learning rate falls, to FLOOR of its peak
 FLOOR = 0.05
-SHARES = {"niah_multivalue": 0.1, "niah_multiquery": 0.1}  # long answers, wrong for long whatever their share
+SHARES = dict.fromkeys(LISTS, 0.5)  # long answers
 FEWEST = 0.08  # weight of a task that is always right; the others are drawn by how often they are wrong
 
 
@@ -73,8 +73,8 @@ STAGES = (
     Stage("gentle", (96, 256), 4096, 0.35, 0.4, (16, 128), 1.5e-3, until=0.6, share=0.1),
     Stage("mix-224", (64, 224), 4096, repeats=0.1, until=0.95, share=0.12),
     Stage("mix-384", (64, 384), 4096, repeats=0.1, until=0.95, share=0.2),
-    Stage("mix-768", (64, 768), 6144, repeats=0.1, until=0.95, share=0.25),
-    Stage("mix-1k", (64, 1200), 6144, repeats=0.15, until=0.95, share=0.35),
+    Stage("mix-768", (64, 768), 6144, repeats=0.1, until=0.95, share=0.36),
+    Stage("mix-1k", (64, 1200), 6144, repeats=0.15, until=0.95, share=0.47),
     Stage("mix-2k", (64, 2300), 8192, random=0.03, repeats=0.12, until=0.95, share=0.65),
     Stage("mix-4k", (64, 4400), 9000, random=0.03, repeats=0.15),
 )
@@ -88,7 +88,7 @@ def batch(sampler: Sampler, stage: Stage, rng: random.Random, accuracy: Mapping[
     """
     low, high = stage.lengths
     length = rng.randint(low, high) if rng.random() < 0.35 else rng.randint((low + high) // 2, high)
-    tasks = QA_TASKS if length >= RULER_ROOM else OWN_TASKS
+    tasks = [task for task in QA_TASKS if length >= ROOM[task]]
     weights = [SHARES.get(task, 1.0) * (FEWEST + 1.0 - accuracy.get(task, 0.0)) for task in tasks]
     samples = []
     for _ in range(max(1, round(stage.tokens / length))):

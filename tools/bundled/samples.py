@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kvzip.data import Record, generate
 from kvzip.data.filler import sentence
-from kvzip.data.sets.niah import listed
+from kvzip.data.sets.niah import TASKS, listed
 from kvzip.data.words import Split
 from kvzip.model.prompting import INSTRUCTION
 from kvzip.scoring.reconstruction import FIRST_PROMPT, NEXT_PROMPT, OVERLAP
@@ -24,12 +24,14 @@ SMALLEST = 64  # tokens: any one fact, pair or needle fits
 SYSTEM_TEXTS = ("You are a helpful assistant.", "Answer briefly.", "You answer questions about a text.")
 COPY_WEIGHT = 0.25
 SHORT = 400  # characters: longer texts are not counted twice
-RULER_TASKS = (
-    "niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multivalue", "niah_multiquery",
-)  # fmt: skip
 OWN_TASKS = ("facts", "kv", "passkey")
+LISTS = ("niah_multivalue", "niah_multiquery", "ruler_vt")  # several values an answer, in the order of the context
+RULER_TASKS = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2", *LISTS)
 QA_TASKS = (*OWN_TASKS, *RULER_TASKS)
-RULER_ROOM = 700  # tokens: all of RULER's prompts fit
+RULER_ROOM = 800  # tokens: all of RULER's prompts fit
+# Fewest tokens of a training sample; shorter lists have fewer values than the benchmark's.
+ROOM = dict.fromkeys(OWN_TASKS, SMALLEST) | dict.fromkeys(RULER_TASKS, RULER_ROOM)
+ROOM |= {"niah_multivalue": 300, "niah_multiquery": 300, "ruler_vt": 450}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class Sampler:
 
     def questions(self, rng: random.Random, task: str, length: int, num_questions: int) -> Sample:
         """Ask several questions, turn by turn, about one context; about `length` tokens in all."""
-        if task in RULER_TASKS:
+        if task in LISTS:
+            record = self.values(rng, task, length)
+        elif task in RULER_TASKS:
             record = self.needles(rng, task, length, num_questions)
         else:
             record = self.record(rng, task, length, num_questions)
@@ -89,7 +93,7 @@ class Sampler:
         asked = zip(record.questions, record.prefixes, record.answers, strict=True)
         for turn, (question, start, references) in enumerate(asked):
             query = (self._ids(USER) if turn else []) + self._ids("\n\n" + question) + self.suffix + self._ids(start)
-            text = f" {listed(in_order(record.context, references, task))}" if start else references[0]
+            text = answer_text(record.context, references, task) if start else references[0]
             answer = self._ids(text) + self.end
             if len(ids) + len(query) + len(answer) > length and turn:
                 break
@@ -97,17 +101,37 @@ class Sampler:
             labels += [IGNORE] * len(query) + answer
         return Sample(ids, labels, 1.0, task)
 
+    def values(self, rng: random.Random, task: str, length: int) -> Record:
+        """Hide several values that one question asks for: as many as the benchmark, or fewer to learn from."""
+        fewer = self.split == "train" and (length < RULER_ROOM or rng.random() < 0.3)
+        more = length - ROOM[task]
+        options: dict[str, Any] = {"split": self.split, "tokens": length, "count_tokens": self.count}
+        if task == "ruler_vt":
+            hops = rng.randint(1, min(4, 1 + more // 110)) if fewer else 4
+            return generate(task, rng.getrandbits(40), num_hops=hops, **options)
+        config = TASKS[task]
+        if fewer:
+            number = rng.randint(2, min(4, 2 + more // 50))
+            counts = ("keys", "queries") if config.values == 1 else ("values",)
+            config = replace(config, **dict.fromkeys(counts, number))
+        return generate(
+            task, rng.getrandbits(40), config=config, max_new_tokens=50,
+            essays=self.essay(rng, 0.5 if length >= RULER_ROOM else 0.0), **options,
+        )  # fmt: skip
+
+    def essay(self, rng: random.Random, share: float) -> Sequence[str] | None:
+        """Return consecutive sentences of the essays in `share` of all cases, or None for generated ones."""
+        start = rng.randrange(max(1, len(self.sentences) - 1000))
+        return self.sentences[start : start + 1000] if self.sentences and rng.random() < share else None
+
     def needles(self, rng: random.Random, task: str, length: int, num_questions: int) -> Record:
         """Hide RULER's needles in a prompt of at most `length` tokens; the whole haystack is needles now and then."""
-        essay = rng.randrange(max(1, len(self.sentences) - 1000)) if self.sentences else 0
-        options: dict[str, Any] = {}
-        if task not in ("niah_single_1", "niah_multikey_2") and self.sentences and rng.random() < 0.7:
-            options["essays"] = self.sentences[essay : essay + 1000]
+        essays = self.essay(rng, 0.7 if TASKS[task].haystack == "essay" else 0.0)
         most = min(num_questions, max(1, length // 300))
         several = (max(RULER_ROOM, length) - RULER_ROOM) // 75 + 1
         return generate(
             task, rng.getrandbits(40), split=self.split, tokens=length - 75 * (min(most, several) - 1),
-            count_tokens=self.count, num_questions=min(most, several), max_new_tokens=50, **options,
+            count_tokens=self.count, num_questions=min(most, several), max_new_tokens=50, essays=essays,
         )  # fmt: skip
 
     def record(self, rng: random.Random, task: str, length: int, num_questions: int) -> Record:
@@ -176,9 +200,11 @@ class Sampler:
         return Sample(sequence, [IGNORE] * size + sequence[size:], COPY_WEIGHT, "random")
 
 
-def in_order(context: str, values: Sequence[str], task: str) -> list[str]:
-    """Several values of one key in the order in which they stand in the context; those of several keys as asked."""
-    return sorted(values, key=context.index) if task == "niah_multivalue" else list(values)
+def answer_text(context: str, values: Sequence[str], task: str) -> str:
+    """Write what follows an answer prefix: several values in the order in which they stand in the context."""
+    if task == "ruler_vt":
+        return " ".join(values)
+    return f" {listed(sorted(values, key=context.index))}"
 
 
 def split_sentences(texts: Sequence[str], most: int = 400) -> list[str]:

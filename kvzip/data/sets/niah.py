@@ -130,6 +130,7 @@ def generate(
     seed: int,
     *,
     task: str,
+    config: Task | None = None,
     split: Split = "test",
     tokens: int = 4096,
     count_tokens: Any = None,
@@ -144,6 +145,7 @@ def generate(
 
     Args:
         task: one of `TASKS`.
+        config: what differs from the benchmark's task of that name; None = nothing.
         tokens: prompt and `max_new_tokens` together take at most this many.
         count_tokens: function or tokenizer that counts tokens; None estimates. It is given whole contexts, a few.
         num_questions: questions wanted at most, of different keys; the benchmark asks one. There are as many as the
@@ -161,7 +163,7 @@ def generate(
         raise ValueError(f"unknown task {task!r}; expected one of {tuple(TASKS)}")
     if num_questions < 1:
         raise ValueError(f"num_questions must be at least 1, not {num_questions}")
-    config = TASKS[task]
+    config = config or TASKS[task]
     rng = random.Random(f"{task}/{split}/{seed}")
     count = counter(count_tokens)
 

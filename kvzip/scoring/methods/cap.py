@@ -21,7 +21,7 @@ class Cap(PrefillScorer):
 
     Args:
         tau: how much the weight follows the cosine.
-        n_future_positions: positions after the context over which RoPE is averaged.
+        n_future: positions after the context over which RoPE is averaged.
         n_sink: first positions, prefix included, left out of all of this and always kept.
         epsilon: added to the weights in A.
     """
@@ -32,18 +32,18 @@ class Cap(PrefillScorer):
     cost = "mean of the queries, one factorisation a query head"
 
     tau: float = 5.0
-    n_future_positions: int = 512
+    n_future: int = 512
     n_sink: int = 4
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_counts(n_future_positions=(self.n_future_positions, 1), n_sink=(self.n_sink, 0))
+        check_counts(n_future=(self.n_future, 1), n_sink=(self.n_sink, 0))
         check_factors(tau=self.tau, epsilon=self.epsilon)
 
     def watch(self, call: PrefillCall, notes: Notes) -> None:
         """Note the mean query, and the rotation after the context."""
         watch_queries(call, notes, self.n_sink, scatter=False)
-        watch_future(call, notes, self.n_future_positions)
+        watch_future(call, notes, self.n_future)
 
     def score(self, context: ScoringContext) -> Tensor | Blend:
         """Score the layers one by one; the sinks must be fewer than the tokens."""

@@ -25,7 +25,7 @@ class ExpectedAttention(PrefillScorer):
     at the positions after it. Logits are formed with the model's own scaling; kvpress always divides by sqrt(head_dim).
 
     Args:
-        n_future_positions: positions after the context over which RoPE is averaged.
+        n_future: positions after the context over which RoPE is averaged.
         n_sink: first positions, prefix included, left out of the statistics and always kept.
         use_covariance: without it, queries are their mean.
         use_vnorm: multiply with the norm of the value.
@@ -37,20 +37,20 @@ class ExpectedAttention(PrefillScorer):
     level = "adakv"
     cost = "mean and covariance of the queries"
 
-    n_future_positions: int = 512
+    n_future: int = 512
     n_sink: int = 4
     use_covariance: bool = True
     use_vnorm: bool = True
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        check_counts(n_future_positions=(self.n_future_positions, 1), n_sink=(self.n_sink, 0))
+        check_counts(n_future=(self.n_future, 1), n_sink=(self.n_sink, 0))
         check_factors(epsilon=self.epsilon)
 
     def watch(self, call: PrefillCall, notes: Notes) -> None:
         """Note the queries' moments, and the rotation after the context."""
         watch_queries(call, notes, self.n_sink, scatter=self.use_covariance)
-        watch_future(call, notes, self.n_future_positions)
+        watch_future(call, notes, self.n_future)
 
     def score(self, context: ScoringContext) -> Tensor | Blend:
         """Score the layers one by one; the sinks must be fewer than the tokens."""

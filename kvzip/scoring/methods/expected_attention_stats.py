@@ -37,7 +37,7 @@ class ExpectedAttentionStats(ExpectedAttention, FileScorer):
     def watch(self, call: PrefillCall, notes: Notes) -> None:
         """Note the rotation after the context, and how many query heads there are."""
         _ = self.file  # missing: said before the prefill is paid for
-        watch_future(call, notes, self.n_future_positions)
+        watch_future(call, notes, self.n_future)
         notes["query heads"] = call.query.shape[0]
 
     def score(self, context: ScoringContext) -> Tensor | Blend:

@@ -28,6 +28,7 @@ class Finch(PrefillScorer):
     paper = "doi 10.1162/tacl_a_00716"
     level = "pair-uniform"
     needs = "a query given to prefill"
+    needs_query = True
 
     normalize_scores: bool = True
     count_self: bool = True
