@@ -17,6 +17,7 @@ from torch import Tensor
 from kvzip.attention import Focus, TailFocus
 from kvzip.kvcache import ContextLayer, KVCache, Scores, parse_bytes
 from kvzip.kvcache.pruning import ratio_of_bytes
+from kvzip.kvcache.selection import get_level
 from kvzip.kvcache.store import FULL
 from kvzip.model import passes, restoring
 from kvzip.model.checks import check_positions, check_vocabulary
@@ -55,6 +56,13 @@ def check_budget(tokens: int | None, nbytes: int | str | None, block: int) -> Bu
     return {} if nbytes is None else {"nbytes": parse_bytes(nbytes)}
 
 
+def check_level(level: str) -> None:
+    """Raise ValueError where pruning at this level may keep more than a budget."""
+    if not get_level(level).exact:
+        raise ValueError(f"level {level!r} may keep more than it is asked for, so it holds no budget; choose a scorer "
+                         "that prunes at another level")  # fmt: skip
+
+
 def prefill(
     model: ModelKVzip,
     pieces: Iterable[Any],
@@ -67,11 +75,13 @@ def prefill(
     """Read a context block by block, the first of them by `first`.
 
     Raises:
-        ValueError: an empty context, a budget without scores to prune by, and what `read` raises.
+        ValueError: an empty context, a budget without scores or a level to prune by, and what `read` raises.
     """
     restoring.refuse_blocks(scorers)
     if budget and not scorers:
         raise ValueError("a budget needs scores to prune by, got scorer=None: name a scorer")
+    if budget:
+        check_level(scorers[0].level)
     found = cut(pieces, model.encode, block)
     ids = next(found, None)
     if ids is None:
@@ -104,6 +114,8 @@ def extend(
     restoring.refuse_blocks(scorers)
     if budget and not scorers and (kv.head_scores is None or kv.level != "head"):
         raise ValueError("a budget needs scores to prune by, and this kv has none; prefill with a scorer")
+    if budget:
+        check_level(kv.level)
     if "nbytes" in budget:
         ratio_of_bytes(kv, budget["nbytes"], kv.bits)
     empty = True

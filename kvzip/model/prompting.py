@@ -76,7 +76,7 @@ class Prompting:
             return []
         if self.tokenizer is None:
             raise ValueError(f"this model has no tokenizer: pass ids instead of the text {text[:40]!r}")
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def prefix_ids(self, instruction: str = INSTRUCTION) -> list[int]:
         """Ids in front of the context: the template's beginning and a line that says what is wanted."""
