@@ -45,12 +45,11 @@ def test_answers_stand_in_the_context_and_samples_are_of_the_length(task, split,
 
 
 @pytest.mark.parametrize("task", LISTS)
-def test_lists_have_the_benchmarks_number_of_values_in_the_order_of_the_context(task, tokenizer):
+def test_lists_have_the_benchmarks_number_of_values(task, tokenizer):
     sampler = Sampler(tokenizer, [], "test")
-    before, text = parts(sampler.questions(random.Random(1), task, 1000, 1), tokenizer)
+    _, text = parts(sampler.questions(random.Random(1), task, 1000, 1), tokenizer)
     values = [value for value in re.findall(r"\w+", text) if value != "and"]
     assert len(values) == (5 if task == "ruler_vt" else 4)
-    assert sorted(values, key=before.index) == values
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)

@@ -25,7 +25,7 @@ SYSTEM_TEXTS = ("You are a helpful assistant.", "Answer briefly.", "You answer q
 COPY_WEIGHT = 0.25
 SHORT = 400  # characters: longer texts are not counted twice
 OWN_TASKS = ("facts", "kv", "passkey")
-LISTS = ("niah_multivalue", "niah_multiquery", "ruler_vt")  # several values an answer, in the order of the context
+LISTS = ("niah_multivalue", "niah_multiquery", "ruler_vt")  # several values an answer, in any order
 RULER_TASKS = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2", *LISTS)
 QA_TASKS = (*OWN_TASKS, *RULER_TASKS)
 RULER_ROOM = 800  # tokens: all of RULER's prompts fit
@@ -93,7 +93,7 @@ class Sampler:
         asked = zip(record.questions, record.prefixes, record.answers, strict=True)
         for turn, (question, start, references) in enumerate(asked):
             query = (self._ids(USER) if turn else []) + self._ids("\n\n" + question) + self.suffix + self._ids(start)
-            text = answer_text(record.context, references, task) if start else references[0]
+            text = answer_text(rng.sample(references, len(references)), task) if start else references[0]
             answer = self._ids(text) + self.end
             if len(ids) + len(query) + len(answer) > length and turn:
                 break
@@ -200,11 +200,9 @@ class Sampler:
         return Sample(sequence, [IGNORE] * size + sequence[size:], COPY_WEIGHT, "random")
 
 
-def answer_text(context: str, values: Sequence[str], task: str) -> str:
-    """Write what follows an answer prefix: several values in the order in which they stand in the context."""
-    if task == "ruler_vt":
-        return " ".join(values)
-    return f" {listed(sorted(values, key=context.index))}"
+def answer_text(values: Sequence[str], task: str) -> str:
+    """Write what follows an answer prefix."""
+    return " ".join(values) if task == "ruler_vt" else f" {listed(values)}"
 
 
 def split_sentences(texts: Sequence[str], most: int = 400) -> list[str]:
