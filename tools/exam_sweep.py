@@ -71,7 +71,9 @@ def main() -> None:
     args.out.with_suffix(".md").write_text(text)
     args.out.with_suffix(".csv").write_text(comma_separated(points))
     for name in args.figures.split(","):
-        chosen = [one for one in dict.fromkeys(point.dataset for point in points) if one.startswith(f"{name}:")]
+        chosen = [one for one in dict.fromkeys(point.dataset for point in points) if one.partition(":")[0] == name]
+        if not chosen:
+            continue
         own = [point for point in points if point.dataset == chosen[len(chosen) // 2]]
         lines = [line for line in results.lines if line.dataset == own[0].dataset]
         drawn = next(plot for plot in plots(own, lines) if plot.name.startswith("score"))

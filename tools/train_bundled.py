@@ -114,7 +114,7 @@ def advance(state: State, max_minutes: float) -> bool:
     stage = recipe.STAGES[state.stage]
     if state.stage + 1 == len(recipe.STAGES) or state.stage_step < 40:
         return False
-    tasks = [value for name, value in state.accuracy.items() if name != "loss"]
+    tasks = [value for name, value in state.accuracy.items() if name not in ("loss", *LISTS)]
     if min(tasks, default=0.0) < stage.until and state.minutes < stage.share * max_minutes:
         return False
     state.stage += 1

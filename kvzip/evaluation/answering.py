@@ -72,14 +72,15 @@ class Asked:
 
     def _prefill(self, scorers: Mapping[str, str]) -> tuple[KVCache, float]:
         """The kv, scored by all of `scorers` (as given -> name) that can, and the seconds that it took."""
-        left = [given for given in scorers if given not in self.refused]
-        torch.manual_seed(self.sweep.seed + self.sample.index)
-        start = time.perf_counter()
-        try:
-            kv = self.model.prefill(self.record.context, scorer=left or None, kv_type="evict")
-        except ScoringError as error:
-            self.refused[next(given for given in left if scorers[given] == error.scorer)] = str(error)
-            return self._prefill(scorers)
+        kv = None
+        while kv is None:
+            left = [given for given in scorers if given not in self.refused]
+            torch.manual_seed(self.sweep.seed + self.sample.index)
+            start = time.perf_counter()
+            try:
+                kv = self.model.prefill(self.record.context, scorer=left or None, kv_type="evict")
+            except ScoringError as error:
+                self.refused[next(given for given in left if scorers[given] == error.scorer)] = str(error)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

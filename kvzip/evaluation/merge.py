@@ -147,9 +147,9 @@ def _missing(
     notes += [f"{folder}: {file.stem} is not finished" for file, state in states.items() if "finished" not in state]
     curves = len(settings["scorers"]) * (len(settings["levels"]) or 1) + bool(settings["head_scores"])
     cells = curves * len(settings["ratios"]) * len(settings["bits"])
-    refusals = [Refusal(*found) for state in states.values() for found in state.get("refused", ())]
-    of_scorer = cells // curves * (len(settings["levels"]) or 1)
-    pruned = of_scorer * sum(ratio < 1 for ratio in settings["ratios"]) // len(settings["ratios"])
+    refusals = [Refusal(*found) for state in states.values() for found in state["refused"]]
+    # What a scorer is asked with in vain: the full cache needs no scores.
+    pruned = (len(settings["levels"]) or 1) * sum(ratio < 1 for ratio in settings["ratios"]) * len(settings["bits"])
     refused = Counter((one.dataset, one.sample) for one in refusals)
     left = Counter({line.key[:2]: line.num_questions * (cells - pruned * refused[line.key[:2]]) for line in lines})
     left.subtract(line.key[:2] for line in lines)

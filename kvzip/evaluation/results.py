@@ -28,9 +28,6 @@ class Refusal(NamedTuple):
     scorer: str
     why: str
 
-    def __str__(self) -> str:
-        return f"{self.dataset}, sample {self.sample}: {self.why}"
-
 
 class ResultsFile:
     """The results of one process, open for more of them.
@@ -65,12 +62,16 @@ class ResultsFile:
                 self._note(line)
                 whole = offset
             os.ftruncate(self._file, whole)
-            runs: list[Any] = read_state(self._state_path)["runs"] if self._state_path.exists() else []
+            before = read_state(self._state_path) if self._state_path.exists() else {}
             self._state: dict[str, Any] = {
                 "format": FORMAT,
                 "settings": dict(settings),
-                "runs": [*runs, dict(environment)],
+                "runs": [*before.get("runs", []), dict(environment)],
+                "refused": before.get("refused", []),
             }
+            self._refused: dict[tuple[str, int], dict[str, str]] = {}
+            for dataset, sample, scorer, why in self._state["refused"]:
+                self._refused.setdefault((dataset, sample), {})[scorer] = why
             self._write_state()
         except BaseException:
             os.close(self._file)
@@ -92,7 +93,9 @@ class ResultsFile:
         self._questions[sample] = line.num_questions
 
     def is_complete(self, dataset: str, sample: int, cell: Cell) -> bool:
-        """Whether every question of a sample is answered for a cell."""
+        """Whether every question of a sample is answered for a cell, or cannot be: its scorer has no scores."""
+        if cell.ratio < 1 and cell.scorer in self.refused((dataset, sample)):
+            return True
         done = self._done.get((dataset, sample), {}).get(cell, set())
         return len(done) == self._questions.get((dataset, sample), -1)
 
@@ -120,10 +123,19 @@ class ResultsFile:
     def _done_of(self, line: Line) -> set[int]:
         return self._done.get((line.dataset, line.sample), {}).get(line.cell, set())
 
-    def finish(self, left_out: Mapping[str, Sequence[int]], refusals: Sequence[Refusal] = ()) -> None:
-        """Note that nothing is missing but, for each dataset, the samples that were left out, and what was refused."""
+    def refused(self, sample: tuple[str, int]) -> dict[str, str]:
+        """Scorers that could not score a sample, in this run or before -> why."""
+        return self._refused.get(sample, {})
+
+    def refuse(self, sample: tuple[str, int], scorer: str, why: str) -> None:
+        """Note that a scorer cannot score a sample."""
+        self._refused.setdefault(sample, {})[scorer] = why
+        self._state["refused"].append(Refusal(*sample, scorer, why))
+        self._write_state()
+
+    def finish(self, left_out: Mapping[str, Sequence[int]]) -> None:
+        """Note that nothing is missing but what was refused and, for each dataset, the samples that were left out."""
         self._state["finished"] = {name: list(samples) for name, samples in left_out.items()}
-        self._state["refused"] = list(refusals)
         self._write_state()
 
     def _write_state(self) -> None:
@@ -158,6 +170,9 @@ def read_state(path: Path) -> dict[str, Any]:
         if name not in state["settings"]:
             raise ValueError(f"{path} is damaged: its settings have no {name!r}")
     state["settings"].setdefault("bits", [FULL])
+    for found in state.setdefault("refused", []) if isinstance(state.get("refused", []), list) else [None]:
+        if not (isinstance(found, list) and list(map(type, found)) == [str, int, str, str]):
+            raise ValueError(f"{path} is damaged: {found!r} among 'refused'")
     return state
 
 

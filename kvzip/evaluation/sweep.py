@@ -16,7 +16,7 @@ from kvzip.evaluation import environment
 from kvzip.evaluation.answering import HEAD_SCORES, Asked
 from kvzip.evaluation.asking import check_scorer
 from kvzip.evaluation.lines import Cell
-from kvzip.evaluation.results import Refusal, ResultsFile
+from kvzip.evaluation.results import ResultsFile
 from kvzip.evaluation.samples import Source
 from kvzip.evaluation.shards import Shard
 from kvzip.kvcache import check_bits
@@ -155,7 +155,8 @@ def run(model: ModelKVzip, sweep: Sweep, folder: Path, shard: Shard | None = Non
     Scorers that cannot score a context are left out there, and the results say so.
 
     Raises:
-        ValueError: data that cannot be read or used, or a folder with results of other settings; no scorer can score.
+        ValueError: data that cannot be read or used, a folder with results of other settings, or no scorer that can
+            score any context.
         OSError: results that cannot be written.
     """
     shard = shard or Shard()
@@ -165,7 +166,6 @@ def run(model: ModelKVzip, sweep: Sweep, folder: Path, shard: Shard | None = Non
     everything = [sample for source in sources for sample in source.samples()]
     samples = [sample for number, sample in enumerate(everything) if shard.takes(number)]
     left_out: dict[str, list[int]] = {}
-    refusals: list[Refusal] = []
     with ResultsFile(folder, shard, sweep.settings(model, sources), about) as results:
         before = results.count
         missing = [[cell for cell in cells if not results.is_complete(*sample.key, cell)] for sample in samples]
@@ -181,18 +181,20 @@ def run(model: ModelKVzip, sweep: Sweep, folder: Path, shard: Shard | None = Non
                         left_out.setdefault(sample.source.label, []).append(sample.index)
                         bar.update(len(todo))
                         continue
-                    asked = Asked(model, sweep, sample, record, None if heads is None else heads.tensor)
+                    known = results.refused(sample.key)
+                    asked = Asked(model, sweep, sample, record, None if heads is None else heads.tensor, dict(known))
                     for lines in asked.answers(todo):
                         results.append(lines)
                         bar.update(len({line.cell for line in lines}))
-                    for scorer, why in asked.refused.items():
-                        refusals.append(Refusal(sample.source.label, sample.index, scorer, why))
+                    for scorer in asked.refused.keys() - known.keys():
+                        results.refuse(sample.key, scorer, asked.refused[scorer])
                         bar.update(sum(cell.scorer == scorer and cell.ratio < 1 for cell in todo))
                 except ValueError as error:
                     raise ValueError(f"{sample}: {error}") from error
-        if refusals and not results.count:
-            raise ValueError(str(refusals[0]))
-        results.finish(left_out, refusals)
+        results.finish(left_out)
+        found = next(((sample, why) for sample in samples for why in results.refused(sample.key).values()), None)
+        if found and not results.count and shard.count == 1:
+            raise ValueError(f"{found[0]}: {found[1]}")
         return results.count - before
 
 

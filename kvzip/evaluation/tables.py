@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TextIO
 
 from kvzip.evaluation.summary import Curve, Point
@@ -87,15 +87,18 @@ def _table(name: str, points: list[Point]) -> Table:
     curves = list(dict.fromkeys(point.curve for point in points))
     found = {(point.curve, point.ratio): point for point in points}
 
-    def row(curve: Curve, cell: Callable[[Point], list[str]]) -> list[list[str]]:
-        return [cell(found[curve, ratio]) if (curve, ratio) in found else [""] for ratio in ratios]
+    def row(curve: Curve) -> list[list[str]]:
+        return [_score(found[curve, ratio]) if (curve, ratio) in found else [""] for ratio in ratios]
 
-    rows = [(curve_name(curve, points), row(curve, _score)) for curve in curves]
+    def kv_bytes(bits: int, ratio: float) -> list[str]:
+        own = [point for point in points if (point.curve.bits, point.ratio) == (bits, ratio)]
+        return [format_bytes(max(own, key=lambda point: point.contexts).kv_bytes)] if own else [""]
+
+    rows = [(curve_name(curve, points), row(curve)) for curve in curves]
     numbers = bits_of(points)
     for bits in numbers:
-        first = next(curve for curve in curves if curve.bits == bits)
         label = f"KV cache, {bits} bits" if len(numbers) > 1 else "KV cache"
-        rows.append((label, row(first, lambda point: [format_bytes(point.kv_bytes)])))
+        rows.append((label, [kv_bytes(bits, ratio) for ratio in ratios]))
     most = max(points, key=lambda point: point.questions)
     contexts = f"{most.contexts:,} context{'s' if most.contexts > 1 else ''} of {most.context_tokens:,.0f} tokens"
     questions = f"{most.questions:,} question{'s' if most.questions > 1 else ''}"

@@ -77,14 +77,16 @@ def score(kv: KVCache, scorers: Iterable[Scorer], context: ScoringContext, notes
         notes: what those that watched the prefill noted, by name.
 
     Raises:
-        ScoringError: what one of them raised.
+        ScoringError: one of them cannot score this context.
+        ValueError: one of them cannot score with this model.
     """
     with torch.no_grad():
         for one in scorers:
             try:
                 found = one.score(replace(context, notes=notes.get(one.name, [])))
-            except ValueError as error:
-                raise ScoringError(one.name, str(error)) from error
+            except ScoringError as error:
+                error.scorer = one.name
+                raise
             kv.set_scores(one.name, *as_blend(found))
     kv.compact()
 

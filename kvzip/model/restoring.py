@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kvzip.kvcache import KVCache, Scores
 from kvzip.model.checks import check_positions
-from kvzip.scoring import Scorer
+from kvzip.scoring import Scorer, ScoringError
 from kvzip.scoring.methods.restorekv import RestoreKV
 
 if TYPE_CHECKING:
@@ -39,7 +39,12 @@ def check(model: ModelKVzip, kv: KVCache, scorers: Sequence[Scorer]) -> None:
                 raise ValueError(
                     f"{one.file.where} has tokens of {one.embeddings.shape[1]} channels, {model.name} {width}"
                 )
-            check_positions(model, kv.get_seq_length() + len(one.embeddings))
+            try:
+                check_positions(model, kv.get_seq_length() + len(one.embeddings))
+            except ValueError as error:
+                found = ScoringError(f"{one.name} has no room for its tokens: {error}")
+                found.scorer = one.name
+                raise found from error
             for name, (down, up) in one.adapters.items():
                 _adapted_layer(model.model, name, (up.shape[0], down.shape[1]))
 

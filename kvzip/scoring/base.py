@@ -190,11 +190,13 @@ class ScoringContext:
 
 
 class ScoringError(ValueError):
-    """A method cannot score a context; `scorer` is its name."""
+    """A context that a method cannot score, too short or too long for it; others it can.
 
-    def __init__(self, scorer: str, why: str) -> None:
-        super().__init__(why)
-        self.scorer = scorer
+    Attributes:
+        scorer: name of the method, which whoever calls it notes.
+    """
+
+    scorer = ""
 
 
 class Scorer(ABC):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvzip.attention import Focus
-from kvzip.scoring.base import AttentionCall, ScoringContext
+from kvzip.scoring.base import AttentionCall, ScoringContext, ScoringError
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +62,14 @@ def fitting_inputs(
     """As `reconstruction_inputs`, with chunks small enough for `room` positions, None = there is no limit.
 
     Raises:
-        ValueError: not even one token can be repeated.
+        ScoringError: not even one token can be repeated.
     """
     if room is not None:
         frame = max(len(prompts.first), len(prompts.following) + OVERLAP) + len(prompts.suffix)
         fitting = room - frame
         if fitting < min(chunk_size, len(context_ids)):
             if fitting < 1:
-                raise ValueError(
+                raise ScoringError(
                     f"no positions left to repeat a context of {len(context_ids)} tokens: the model has {room} behind "
                     "it; shorten the context or use a scorer without a second pass"
                 )

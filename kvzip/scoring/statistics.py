@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from kvzip.scoring.base import LayerView, Notes, PrefillCall, ScoringContext
+from kvzip.scoring.base import LayerView, Notes, PrefillCall, ScoringContext, ScoringError
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def watch_future(call: PrefillCall, notes: Notes, n_future: int) -> None:
 
 
 def check_queries(context: ScoringContext, name: str, n_sink: int) -> None:
-    """Raise ValueError where no query is left after the sinks."""
+    """Raise ScoringError where no query is left after the sinks."""
     length = context.prefix_length + context.context_length
     if length <= n_sink:
-        raise ValueError(
+        raise ScoringError(
             f"{name} learns from queries after the first n_sink={n_sink} positions, but prefix and context have only "
             f"{length}; set a smaller n_sink"
         )

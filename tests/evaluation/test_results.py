@@ -177,3 +177,11 @@ def test_a_damaged_settings_file_is_refused(tmp_path):
         (tmp_path / "shard-000-of-001.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             made.write(tmp_path, [])
+
+
+@pytest.mark.parametrize("refused", [None, {"a": 1}, [["facts", 0]], [{"a": 1}], [["facts", "0", "kvzip", "why"]]])
+def test_damaged_refusals_are_refused(refused, tmp_path):
+    path = made.write(tmp_path, []).with_suffix(".json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"refused": refused}))
+    with pytest.raises(ValueError, match=r"is damaged: .* among 'refused'"):
+        made.write(tmp_path, [])

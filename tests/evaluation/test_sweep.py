@@ -275,8 +275,22 @@ def test_a_scorer_that_cannot_score_a_context_is_left_out_there_and_the_rest_goe
     assert lines == len(results.lines) > 0
     (note,) = results.notes
     assert "kvcompose has no scores of 2 contexts of facts:300: kvcompose reads the context twice, which needs" in note
+    monkeypatch.setattr(type(model), "prefill", None)  # there is nothing left to do
     assert run(model, sweep, tmp_path, quiet=True) == 0
     assert merge([tmp_path]).notes == results.notes
+
+
+def test_shards_may_be_refused_as_a_whole(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(model), "max_positions", 500)
+    sweep = Sweep("facts:60,facts:300", ("kvcompose",), ratios=(0.5,), num=1)
+    assert [run(model, sweep, tmp_path, Shard(index, 2), quiet=True) > 0 for index in (0, 1)] == [True, False]
+    (note,) = merge([tmp_path]).notes
+    assert "kvcompose has no scores of 1 contexts of facts:300" in note
+
+
+def test_a_sweep_stops_where_a_scorer_does_not_fit_the_model(model, tmp_path):
+    with pytest.raises(ValueError, match=r"facts:60, sample 0: .*qfilter.* needs a file"):
+        run(model, Sweep("facts:60", ("random", "qfilter"), ratios=(0.5,), num=1), tmp_path, quiet=True)
 
 
 def test_where_no_scorer_can_score_the_error_names_the_sample(model, tmp_path, monkeypatch):

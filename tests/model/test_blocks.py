@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from kvzip import ModelKVzip, data
-from kvzip.kvcache import get_level
 from kvzip.model.blocks import cut
 from kvzip.scoring import get_scorer, list_scorers
 from kvzip.scoring.methods.kvzip import KVzip
@@ -212,7 +211,7 @@ def test_what_cannot_be_extended():
     with pytest.raises(ValueError, match="empty"):
         kv.extend([])
     kv.level = "duo"
-    with pytest.raises(ValueError, match="level 'duo'.*holds no budget"):
+    with pytest.raises(ValueError, match=r"level 'duo'.*holds no budget"):
         kv.extend(CONTEXT, budget_tokens=20)
     with pytest.raises(ValueError, match="outside the vocabulary"):
         kv.extend([1, 2, 10_000])

@@ -18,7 +18,7 @@ CLIP = 1.0
 WARMUP_STEPS = 50
 DECAY_FROM = 0.4  # share of the time after which the learning rate falls, to FLOOR of its peak
 FLOOR = 0.05
-SHARES = dict.fromkeys(LISTS, 0.5)  # long answers
+SHARES = dict.fromkeys(LISTS, 0.1)  # weights of tasks whose accuracy says little: which value is next cannot be known
 FEWEST = 0.08  # weight of a task that is always right; the others are drawn by how often they are wrong
 
 
@@ -53,7 +53,7 @@ class Stage:
         repeats: share of sequences with a repeat prompt; questions take the rest.
         rate: peak learning rate; answers need a lower one than induction.
         period: (fewest, most) tokens of a random string.
-        until: accuracy of the weakest task (answers, or tokens of repeats) at which the next stage begins.
+        until: accuracy of the weakest task (answers, or tokens of repeats; not of lists) for the next stage.
         share: share of the whole time after which the next stage begins at the latest.
     """
 
@@ -89,7 +89,7 @@ def batch(sampler: Sampler, stage: Stage, rng: random.Random, accuracy: Mapping[
     low, high = stage.lengths
     length = rng.randint(low, high) if rng.random() < 0.35 else rng.randint((low + high) // 2, high)
     tasks = [task for task in QA_TASKS if length >= ROOM[task]]
-    weights = [SHARES.get(task, 1.0) * (FEWEST + 1.0 - accuracy.get(task, 0.0)) for task in tasks]
+    weights = [SHARES.get(task, FEWEST + 1.0 - accuracy.get(task, 0.0)) for task in tasks]
     samples = []
     for _ in range(max(1, round(stage.tokens / length))):
         kind = rng.random()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvzip.scoring.base import Blend, LayerView, Notes, PrefillCall, PrefillScorer, ScoringContext
+from kvzip.scoring.base import Blend, LayerView, Notes, PrefillCall, PrefillScorer, ScoringContext, ScoringError
 from kvzip.scoring.methods.leverage_score import draw_sketches, leverage_scores, watch_rotation
 from kvzip.scoring.methods.non_causal_attention import Tiling
 from kvzip.scoring.registry import register
@@ -64,7 +64,7 @@ class Compactor(PrefillScorer):
         """Score the layers one by one; the protected ends must be fewer than the tokens."""
         ends, length = self.sink_size_start + self.sink_size_end, context.prefix_length + context.context_length
         if length <= ends:
-            raise ValueError(
+            raise ScoringError(
                 f"compactor keeps the first {self.sink_size_start} and the last {self.sink_size_end} positions, but "
                 f"prefix and context have only {length}; set a smaller sink_size_start or sink_size_end"
             )

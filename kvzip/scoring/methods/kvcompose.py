@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvzip.scoring.base import AttentionCall, Scorer, ScoringContext
+from kvzip.scoring.base import AttentionCall, Scorer, ScoringContext, ScoringError
 from kvzip.scoring.registry import register
 from kvzip.scoring.weights import column_sums
 
@@ -51,11 +51,11 @@ class KVCompose(Scorer):
         """Feed the context again.
 
         Raises:
-            ValueError: the model has no positions for the context twice.
+            ScoringError: the model has no positions for the context twice.
         """
         needed = context.prefix_length + 2 * context.context_length
         if context.max_positions is not None and needed > context.max_positions:
-            raise ValueError(
+            raise ScoringError(
                 f"{self.name} reads the context twice, which needs {needed} positions, and the model has "
                 f"{context.max_positions}; shorten the context or use a scorer without a second reading"
             )
