@@ -117,6 +117,21 @@ def test_contexts_that_were_left_out_are_told_and_not_missed(tmp_path):
     assert "1 contexts of facts have more than 50 tokens" in note
 
 
+def test_a_refused_scorer_is_told_not_missed_and_does_not_hide_the_bytes(tmp_path):
+    settings = {"scorers": {"finch": "Finch()", "kvzip": "KVzip()"}, "ratios": [0.5, 1.0]}
+    lines = [*made.all_lines(), *(made.line(i, j, 1.0, scorer="finch") for i in (0, 1) for j in (0, 1))]
+    with made.ResultsFile(tmp_path, Shard(), made.SETTINGS | settings, made.RUN) as results:
+        results.append(lines)
+        for sample in (0, 1):
+            results.refuse(("facts", sample), "finch", "it is too long")
+        results.finish({})
+    found = merge([tmp_path])
+    assert found.notes == [f"{tmp_path}: finch has no scores of 2 contexts of facts: it is too long"]
+    rows = markdown(summarize(found.lines)).splitlines()
+    assert "| finch |  | 1.000" in "\n".join(rows)
+    assert "| KV cache | 500 B | 1000 B |" in rows
+
+
 def test_lines_that_are_there_twice_are_refused(tmp_path):
     made.write(tmp_path, made.all_lines(), Shard(0, 2))
     made.write(tmp_path, [made.line(1, 1, 1.0, seconds={})], Shard(1, 2))
