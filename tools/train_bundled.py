@@ -226,6 +226,9 @@ def finish(args: argparse.Namespace) -> None:
     model = new_model(tokenizer, args.seed).eval()
     saved = torch.load(args.checkpoints / CHECKPOINT, map_location="cpu", weights_only=True)
     model.load_state_dict(saved["model"])
+    if args.average is not None:
+        before = LlamaForCausalLM.from_pretrained(args.average).state_dict()
+        model.load_state_dict({name: (one + before[name]) / 2 for name, one in model.state_dict().items()})
     export(model, tokenizer, args.out)
     model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     sampler = Sampler(tokenizer, sentences[: len(sentences) // HELD_OUT], split="test")
@@ -271,6 +274,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="ignore checkpoints")
     parser.add_argument("--tokenizer-only", action="store_true", help="train the tokenizer and stop")
     parser.add_argument("--export", action="store_true", help="evaluate and export the last checkpoint")
+    parser.add_argument("--average", type=Path, metavar="DIR", help="export the mean with these weights (of --start)")
     args = parser.parse_args()
     if args.fresh:
         for name in (CHECKPOINT, LOG):
