@@ -289,7 +289,8 @@ def test_duo_attention_lies_between_0_and_1_on_every_architecture(name):
 
 def test_duo_attention_takes_the_mean_of_what_a_block_shows():
     """The second block's estimate: its own queries and keys, whatever the prefix holds beside."""
-    kv = prefill(DuoAttention(q_len=20), length=40, prefix=12, budget_tokens=1000, block=20)
+    pieces, prefix_ids = iter([ids(40, seed=1)]), ids(12, seed=2)
+    kv = model_of().prefill(pieces, prefix_ids=prefix_ids, scorer=DuoAttention(q_len=20), block=20)
     for row, layer in enumerate(states("llama", 40, 12)):
         query, key = (one[:, 32:] for one in before_rope(layer))
         expected = duo_of(query.mean(1), key.mean(1), 20, rotated=True)
