@@ -40,7 +40,8 @@ def page(results: Results, points: list[Point], command: str) -> str:
     about = [
         "# The bundled model's exams: every method that needs no file and no question, and the trained gate",
         "",
-        f"Command: `{command}`. Mean score, each dataset counting once, best methods first; columns: ratio kept.",
+        f"Command: `{command}`.",
+        "Mean score, each dataset counting once, best methods first; columns: ratio kept.",
         "Each method has its own level. [exams.csv](exams.csv) has every dataset, interval, bytes and time; figures:",
         "[exams-kv.png](exams-kv.png), [exams-facts.png](exams-facts.png). Facts, kv and passkey have eight questions",
         f"a context, the needles one; {settings['num']} contexts a dataset and length. Essay haystacks are neutral",
