@@ -45,6 +45,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--ratio", type=float, help="fraction of the KV pairs kept, in (0, 1] (default 0.3; kvzip_head: 0.6)"
     )
     parser.add_argument(
+        "--head-scores",
+        metavar="FILE",
+        help="for kvzip_head: what `HeadScores.save` wrote for the model (default: what is shipped for it)",
+    )
+    parser.add_argument(
         "--questions",
         nargs="+",
         metavar="QUESTION",
@@ -132,7 +137,8 @@ def make_document(args: argparse.Namespace, model: ModelKVzip, text: str | None)
 
 def compress(args: argparse.Namespace, model: ModelKVzip, context: str) -> tuple[KVCache, KVCache, list[str]]:
     """Prefill, score and prune; return the full kv, the pruned kv, and what happened, a line each."""
-    kv, seconds = timed(lambda: model.prefill(context, scorer=None, load_score=args.method == "kvzip_head"))
+    stored = (args.head_scores or True) if args.method == "kvzip_head" else False
+    kv, seconds = timed(lambda: model.prefill(context, scorer=None, load_score=stored))
     assert isinstance(kv, KVCache)
     lines = [f"prefill   {seconds:8.2f} s   {kv.context_length:,} tokens ({kv.context_length / seconds:,.0f} tokens/s)"]
     pruned = kv.clone()

@@ -48,12 +48,15 @@ class Registry(Generic[T]):
         return cls
 
     def __getitem__(self, name: str) -> type[T]:
-        """Return a class.
+        """Return a class; "-" and "_" are the same in a name.
 
         Raises:
             ValueError: unknown name; the message has the nearest ones.
         """
         self._discover()
+        if isinstance(name, str) and name not in self._classes:
+            alike = [one for one in self._classes if one.replace("-", "_") == name.replace("-", "_")]
+            name = alike[0] if alike else name
         if not isinstance(name, str) or name not in self._classes:
             near = difflib.get_close_matches(str(name), self._classes, n=3)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

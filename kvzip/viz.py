@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 
 from kvzip.kvcache import KVCache, format_bytes
+
+LONGEST = 4  # bytes of a character
 
 
 def heatmap_png(kv: KVCache, path: str | PathLike[str]) -> None:
@@ -36,13 +38,14 @@ def shaded_html(kv: KVCache, path: str | PathLike[str], decode: Callable[[list[i
     """Write a self-contained page of the context, every token shaded by the share of layers and heads that keep it.
 
     Args:
-        decode: ids -> text, for one token at a time.
+        decode: ids -> text, for one token at a time, or the few that make up one character.
     """
-    kept = kv.keep_mask.float().mean((0, 1)).tolist()
+    kept = kv.keep_mask.float().mean((0, 1))
     ids = kv.input_ids[kv.prefix_length : kv.sealed_length].tolist()
     spans = []
-    for token, share in zip(ids, kept, strict=True):
-        text = html.escape(decode([token])).replace("\n", "↵<br>")
+    for start, stop in characters(ids, decode):
+        share = float(kept[start:stop].mean())
+        text = html.escape(decode(ids[start:stop])).replace("\n", "↵<br>")
         spans.append(f'<span style="background:rgba(255,140,0,{share:.2f})" title="{share:.0%} kept">{text}</span>')
     sizes = f"{format_bytes(kv.full_nbytes)} → {format_bytes(kv.nbytes)}"
     Path(path).write_text(
@@ -61,3 +64,13 @@ The darker a token, the more layers and heads keep its pair; point at it for the
 """,
         encoding="utf-8",
     )
+
+
+def characters(ids: list[int], decode: Callable[[list[int]], str]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of each token, or of the tokens of a byte each that make up a character together."""
+    start = 0
+    for stop in range(1, len(ids) + 1):
+        broken = "\N{REPLACEMENT CHARACTER}" in decode(ids[start:stop])
+        if not broken or stop - start == LONGEST or stop == len(ids):
+            yield start, stop
+            start = stop

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from kvzip.kvcache import KVCache, Level, Merging
 from kvzip.model import Decoding, ModelKVzip
-from kvzip.model.model import ANSWER_ROOM
+from kvzip.model.passes import ANSWER_ROOM
 from kvzip.model.watching import Watch
 from kvzip.scoring import PrefillScorer, Scorer
 
@@ -198,7 +198,7 @@ class Compression:
         if len(ids) <= self.prefix_length:
             raise ValueError(f"the context has {len(ids)} tokens, of which prefix_length={self.prefix_length} are kept")
         cache = given.get("past_key_values")
-        kv = self.model._empty_kv("evict", len(ids) + ANSWER_ROOM)
+        kv = self.model.empty_kv("evict", len(ids) + ANSWER_ROOM)
         watch = Watch([one for one in self.scorers if isinstance(one, PrefillScorer)], len(kv.context_layers))
         for layer in kv.context_layers:
             layer.tail.reserve(len(ids))

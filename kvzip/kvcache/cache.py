@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvzip.attention import Focus, TailFocus
+from kvzip.devices import check_device
 from kvzip.kvcache import pruning
 from kvzip.kvcache.layer import ContextLayer
 from kvzip.kvcache.observer import Observer
 from kvzip.kvcache.offload import brought_back
-from kvzip.kvcache.owner import Fidelity, Owner
+from kvzip.kvcache.owner import Owned
 from kvzip.kvcache.pruning import Scores
 from kvzip.kvcache.scored import ScoredContext
 from kvzip.kvcache.selection import Level
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from os import PathLike
 
 KV_TYPES = ("evict", "retain")
+CHOSEN = ("level", "merge", "ratio", "scorer", "threshold")  # of `pruned_with`: how pairs were chosen
 
 
 class PruneResult(NamedTuple):
@@ -41,7 +42,7 @@ class PruneResult(NamedTuple):
     ratio: float
 
 
-class KVCache(ScoredContext):
+class KVCache(ScoredContext, Owned):
     """Keys and values of prefix + context, their scores, and the tail of the running conversation.
 
     Made by `ModelKVzip.prefill`; usable as `past_key_values` of stock transformers generation on the same model.
@@ -53,7 +54,6 @@ class KVCache(ScoredContext):
         kv_type: "evict" frees what is pruned; "retain" keeps and masks it, so that any ratio can follow any other.
         model_id: what the cache belongs to (fingerprint of weights and tokenizer).
         kv_bits: the bits that `prune` quantises to when it is not told any; None = the model's precision.
-        owner: weak reference to the model that made it, for what needs one.
     """
 
     def __init__(
@@ -70,13 +70,12 @@ class KVCache(ScoredContext):
         self.model_id = dict(model_id or {})
         self.input_ids = torch.empty(0, dtype=torch.int64)
         self.kv_bits: int | None = None
-        self.owner: weakref.ref[Owner] | None = None
         self.pruned_with: dict[str, str | float] = {}
 
     @property
     def allocated_nbytes(self) -> int:
         """All bytes held: context, tail buffers at their capacity, masks, scores and ids."""
-        scores = [tensor for one in self.scored.values() for tensor in one]
+        scores = [tensor for one in self.scored.values() for tensor in one.tensors]
         tails = sum(layer.tail_nbytes for layer in self.layers)
         beside = [self.input_ids, self.head_scores, *scores]
         return self.nbytes + tails + sum(tensor.nbytes for tensor in beside if tensor is not None)
@@ -85,35 +84,6 @@ class KVCache(ScoredContext):
         return describe(self)
 
     # -- pruning -----------------------------------------------------------------------------------------------------
-
-    def fidelity(self, *, chunks: int | None = None, seed: int = 0) -> Fidelity:
-        """How well the model still repeats the context from this kv: a check that needs no question and no gold answer.
-
-        Costs three passes over the context, or over a seeded sample of `chunks` chunks of 256 tokens; five where it
-        masks, so that the whole context is there to compare with.
-
-        Returns:
-            accuracy, log-likelihood, what is recovered after short cues, and both with nothing dropped where known.
-
-        Raises:
-            ValueError: kept turns, no positions left to repeat the context, or no model (see `owner`).
-        """
-        return self.bound("fidelity").fidelity(self, chunks=chunks, seed=seed)
-
-    def extend(self, more: Any, **options: Any) -> None:
-        """Append to the context; see `ModelKVzip.extend`."""
-        self.bound("extend").extend(self, more, **options)
-
-    def bound(self, what: str) -> Owner:
-        """The model that made this kv.
-
-        Raises:
-            ValueError: there is none, or it is gone.
-        """
-        owner = None if self.owner is None else self.owner()
-        if owner is None:
-            raise ValueError(f"{what} needs the model that made this kv, which is gone; load the kv with model.load_kv")
-        return owner
 
     def prune(
         self,
@@ -124,7 +94,7 @@ class KVCache(ScoredContext):
         nbytes: int | str | None = None,
         threshold: float | None = None,
         scorer: str | None = None,
-        bits: int | None = None,
+        bits: int | str | None = None,
         merge: Merging | None = None,
         tolerance: float = 0.01,
         chunks: int | None = None,
@@ -138,11 +108,13 @@ class KVCache(ScoredContext):
                 which at most `tolerance` of what the whole context recovers is lost; about 9 passes, 18 at most.
             level: "pair" (one ranking over layers, heads and positions), "pair-uniform" (the same number per head),
                 "head" (whole heads), a weight a layer ([3, 2]), "adakv" ...: see `list_levels()`; None = `self.level`.
-            tokens: in place of a ratio: tokens of the context that a head keeps on average.
-            nbytes: in place of a ratio: what `nbytes` may be afterwards, 2048 or "1GiB".
+            tokens: in place of a ratio: tokens of the context that a head may keep on average.
+            nbytes: in place of a ratio: what `nbytes` may be afterwards, 2048 or "1GiB". What is left of an evicted
+                cache that is within such a limit stays as it is.
             threshold: in place of ratio and level: keep the pairs with at least this score.
             scorer: whose scores to use, where several scored; None = the first.
-            bits: of a stored number, see `quantize`; None = `kv_bits`.
+            bits: of a stored number, see `quantize`; None = `kv_bits`. With ratio "auto" also "auto": those of 16, 8
+                and 4 that take the fewest bytes within the tolerance, for three times the passes.
             merge: let evicted values live on in kept ones, see `Merging`; for kv_type "evict", and not with "auto".
             tolerance, chunks: for "auto": share that may be lost, in [0, 1), and chunks looked at, None = all.
 
@@ -152,17 +124,25 @@ class KVCache(ScoredContext):
         """
         check_merge(merge, self.kv_type)
         bits = self.kv_bits if bits is None and self.bits == FULL else bits
-        check_bits(self.bits if bits is None else bits, self.bits)
+        any_bits = bits == "auto" and isinstance(ratio, str)
+        stored = None if any_bits else check_bits(self.bits if bits is None else bits, self.bits)
         evidence: dict[str, str | float] = {}
         if isinstance(ratio, str):
-            ratio, evidence = pruning.automatic(
-                self, ratio, level=level, tokens=tokens, nbytes=nbytes, threshold=threshold, scorer=scorer, bits=bits,
+            ratio, stored, evidence = pruning.automatic(
+                self, ratio, level=level, tokens=tokens, nbytes=nbytes, threshold=threshold, scorer=scorer, bits=stored,
                 merge=merge, tolerance=tolerance, chunks=chunks,
             )  # fmt: skip
         chosen, how = pruning.choose(
-            self, ratio=ratio, level=level, tokens=tokens, nbytes=nbytes, threshold=threshold, scorer=scorer, bits=bits
+            self,
+            ratio=ratio,
+            level=level,
+            tokens=tokens,
+            nbytes=nbytes,
+            threshold=threshold,
+            scorer=scorer,
+            bits=stored,
         )
-        self.prune_to(chosen.keep, bits=bits, merge=merge)
+        self.prune_to(chosen.keep, bits=stored, merge=merge)
         self.pruned_with = {**how, **({} if merge is None else {"merge": str(merge)}), **evidence}
         return PruneResult(chosen.threshold, self.ratio)
 
@@ -179,6 +159,7 @@ class KVCache(ScoredContext):
         if self.bits != FULL:
             raise ValueError(f"this kv is quantised to {self.bits} bits already; quantize a kv in full precision")
         self.check_range(check_bits(bits))
+        self._forget_evidence()
         for layer in self.context_layers:
             layer.quantize(bits)
 
@@ -194,6 +175,7 @@ class KVCache(ScoredContext):
         """
         with brought_back(self):
             rerotate(self)
+        self._forget_evidence()
 
     def prune_channels(self, ratio: float, *, window: int = WINDOW) -> None:
         """Remove the channels of the stored keys, prefix included, that matter least (ThinK, arXiv 2407.21018).
@@ -211,6 +193,11 @@ class KVCache(ScoredContext):
         """
         with brought_back(self):
             prune_channels(self, ratio, window)
+        self._forget_evidence()
+
+    def _forget_evidence(self) -> None:
+        """What "auto" measured is true no more; how pairs were chosen is."""
+        self.pruned_with = {what: self.pruned_with[what] for what in CHOSEN if what in self.pruned_with}
 
     def prune_to(self, keep: Tensor, *, bits: int | None = None, merge: Merging | None = None) -> None:
         """Keep exactly what `keep` marks: for a selection of your own.
@@ -301,9 +288,7 @@ class KVCache(ScoredContext):
             layer.absorb(len(ids))
         self.pruned_with = {}
         for name, added in scored.items():
-            parts = zip(before[name], added, strict=True)
-            joined = [None if a is None or b is None else torch.cat([a, b.cpu().to(a.dtype)], dim=-1) for a, b in parts]
-            self.set_scores(name, *joined)  # type: ignore[arg-type]
+            self.set_scores(name, *before[name].then(added))
         self.input_ids = torch.cat([self.input_ids, torch.tensor(list(ids), dtype=torch.int64)])
 
     # -- copies ------------------------------------------------------------------------------------------------------
@@ -323,8 +308,14 @@ class KVCache(ScoredContext):
         vars(self).update(vars(other))
 
     def to(self, device: torch.device | str | Sequence[torch.device | str]) -> KVCache:
-        """Return this kv on `device`, or with one device a layer; `model.layer_devices` puts it where the model is."""
+        """Return this kv on `device`, or with one device a layer; `model.layer_devices` puts it where the model is.
+
+        Raises:
+            ValueError: a device that is not there, or another number of them than of layers.
+        """
         devices = [device] * len(self.layers) if isinstance(device, str | torch.device) else list(device)
+        for one in dict.fromkeys(devices):
+            check_device(one)
         if len(devices) != len(self.layers):
             raise ValueError(f"got {len(devices)} devices for {len(self.layers)} layers")
         moved = self.clone()

@@ -1,6 +1,7 @@
 """One prunable layer: an immutable context store and a tail that grows in place."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class ContextLayer(CacheLayerMixin, KVStates, Offloadable):
         """Append (batch, num_key_value_heads, q_len, head_dim) states to the tail; return the layer itself, twice.
 
         Raises:
-            ValueError: a batch in front of the context, which there is one of, or another batch than the tail has.
+            ValueError: a batch in front of the one context, another batch than the tail has, or other heads.
         """
         if key_states.shape[0] != 1 and self.context is None:
             raise ValueError(f"a kvzip cache holds one context, got a batch of {key_states.shape[0]} to prefill")
@@ -79,6 +80,11 @@ class ContextLayer(CacheLayerMixin, KVStates, Offloadable):
             raise ValueError(
                 f"the kv is on {self.device} but its layer computes on {key_states.device}; use kv.to(...)"
             )
+        if self.context is not None:
+            own = len(self.context.lengths), self.context.values.shape[1]
+            if own != (key_states.shape[1], value_states.shape[3]):
+                found = f"{key_states.shape[1]} of {value_states.shape[3]}"
+                raise ValueError(f"this kv has {own[0]} KV heads of {own[1]}, not {found}: it is of another model")
         self.tail.append(key_states, value_states)
         return self, self
 
@@ -261,29 +267,27 @@ class ContextLayer(CacheLayerMixin, KVStates, Offloadable):
             ValueError: other bits than `store.CHOICES`, or than a quantised store has. The layer is unchanged.
         """
         bits = self.bits if bits is None else check_bits(bits, self.bits)
-        keep = keep.to(self.store.keys.device)
+        store, keep = self.store, keep.to(self.store.keys.device)
         if not evict:
-            self.mask_rows(keep)
+            store = self.masked(keep)
         elif not bool(keep.all()):
             rows, stored = self._with_prefix(keep), self._stored_rows()
             assert not bool((rows & ~stored).any()), "evicted pairs cannot return"
             if not torch.equal(rows, stored):
-                store = turned_back(self.store)
+                store = turned_back(store)
                 if merge is not None:
                     store = merge.into(store, rows[stored], self.prefix_length)
-                self.put(evicted(store, stored, rows))
-        if bits != self.bits:
-            self.quantize(bits)
-        self.keep_mask = keep
+                store = evicted(store, stored, rows)
+        if bits != FULL and store.quantized is None:
+            store = quantized(store.apply(partial(Tensor.to, device=self.device)), self.prefix_length, bits)
+        if store is not self.store:
+            self.put(store)
+        self.keep_mask = keep  # last, at once with the store: what fails before leaves the layer as it was
 
     def quantize(self, bits: int) -> None:
         """Quantise the store but for the prefix; 16 bits change nothing."""
         if bits != FULL:
             self.put(quantized(self.at_hand, self.prefix_length, bits))
-
-    def mask_rows(self, keep: Tensor) -> None:
-        """Attend only to what `keep` (num_key_value_heads, context_length) marks, of a store that holds everything."""
-        self.put(self.store.masked(None if bool(keep.all()) else self._with_prefix(keep)))
 
     def compact(self) -> None:
         """Give back the tail's memory where it is empty, and that of a copy of an offloaded store."""
@@ -319,6 +323,10 @@ class ContextLayer(CacheLayerMixin, KVStates, Offloadable):
     def unpack(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Take over what `pack` gave."""
         packing.unpack(self, tensors, facts)
+
+    def masked(self, keep: Tensor) -> RaggedKV:
+        """The store, which holds everything, with all hidden but what `keep`, as in `prune`, marks."""
+        return self.store.masked(None if bool(keep.all()) else self._with_prefix(keep))
 
     def _with_prefix(self, keep: Tensor) -> Tensor:
         return torch.cat([keep.new_ones(keep.shape[0], self.prefix_length), keep], dim=1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -61,7 +62,7 @@ class Owner(Protocol):
 
     @property
     def fidelity(self) -> Callable[..., Fidelity]:
-        """(kv, chunks=, seed=) -> how well the context is repeated."""
+        """(kv, chunks=, seed=, compare=) -> how well the context is repeated."""
 
     @property
     def find_ratio(self) -> Callable[..., tuple[float, dict[str, str | float]]]:
@@ -74,3 +75,45 @@ class Owner(Protocol):
     @property
     def extend(self) -> Callable[..., None]:
         """(kv, more, ...): append to the context."""
+
+
+class Owned:
+    """A kv that knows the model which made it.
+
+    Attributes:
+        owner: weak reference to the model, for what needs one.
+    """
+
+    owner: weakref.ref[Owner] | None = None
+
+    def fidelity(self, *, chunks: int | None = None, seed: int = 0, compare: bool = True) -> Fidelity:
+        """How well the model still repeats the context from this kv: a check that needs no question and no gold answer.
+
+        Costs three passes over the context, or over a seeded sample of `chunks` chunks of 256 tokens, and two more to
+        compare with the whole context. Where pairs or bits of that are gone, it is read once more for the comparison.
+
+        Args:
+            compare: without, a context that is not whole any more is not read again, which takes its full memory.
+
+        Returns:
+            accuracy, log-likelihood, what is recovered after short cues, and all of them with nothing dropped.
+
+        Raises:
+            ValueError: kept turns, no positions left to repeat the context, or no model (see `owner`).
+        """
+        return self.bound("fidelity").fidelity(self, chunks=chunks, seed=seed, compare=compare)
+
+    def extend(self, more: Any, **options: Any) -> None:
+        """Append to the context; see `ModelKVzip.extend`."""
+        self.bound("extend").extend(self, more, **options)
+
+    def bound(self, what: str) -> Owner:
+        """The model that made this kv.
+
+        Raises:
+            ValueError: there is none, or it is gone.
+        """
+        owner = None if self.owner is None else self.owner()
+        if owner is None:
+            raise ValueError(f"{what} needs the model that made this kv, which is gone; load the kv with model.load_kv")
+        return owner

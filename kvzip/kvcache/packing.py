@@ -64,6 +64,6 @@ def unpack(layer: ContextLayer, tensors: Mapping[str, Tensor], facts: Mapping[st
     layer.context = store
     if facts["masked"]:
         assert layer.keep_mask is not None
-        layer.mask_rows(layer.keep_mask)
+        layer.put(layer.masked(layer.keep_mask))
     if "tail_keys" in tensors:
         layer.tail.put(tensors["tail_keys"], tensors["tail_values"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 from numbers import Integral
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from kvzip.kvcache.levels.window_threshold import WindowThreshold
 from kvzip.kvcache.selection import Level, Selection, above, check_ratio, get_level, select
+from kvzip.kvcache.store import CHOICES
 
 if TYPE_CHECKING:
     from kvzip.kvcache.cache import KVCache
@@ -23,14 +26,47 @@ _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 
 
 
 class Scores(NamedTuple):
-    """A method's pair scores, which may blend by how much goes: base + (1 - ratio kept) * slope."""
+    """A method's pair scores, which may blend by how much goes: base + (1 - ratio kept) * slope.
+
+    Attributes:
+        base, slope: (num_layers, num_key_value_heads, n).
+        window: the last positions, whose scores are above all others only because nothing follows them.
+    """
 
     base: Tensor
     slope: Tensor | None = None
+    window: int = 0
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What there is of base and slope."""
+        return (self.base,) if self.slope is None else (self.base, self.slope)
+
+    def first(self, count: int) -> Scores:
+        """Those of the first `count` positions."""
+        left = max(0, self.window - (self.base.shape[-1] - count))
+        return Scores(self.base[..., :count], None if self.slope is None else self.slope[..., :count], left)
+
+    def then(self, more: Scores) -> Scores:
+        """Those of this text and `more` of it; this one's window is the last no longer and counts as its median."""
+        base = torch.cat([_settled(self.base, self.window), more.base.cpu().to(self.base.dtype)], dim=-1)
+        if self.slope is None or more.slope is None:
+            return Scores(base, None, more.window)
+        slope = torch.cat([_settled(self.slope, self.window), more.slope.cpu().to(self.slope.dtype)], dim=-1)
+        return Scores(base, slope, more.window)
 
     def at(self, ratio: float) -> Tensor:
         """Scores for keeping `ratio`."""
         return self.base if self.slope is None else self.base + (1 - ratio) * self.slope
+
+
+def _settled(scores: Tensor, window: int) -> Tensor:
+    """Scores (..., n) with the last `window` of them at the median of the rest of their head."""
+    rest = scores[..., : scores.shape[-1] - window]
+    if window == 0 or not rest.numel():
+        return scores
+    median = rest.median(-1, keepdim=True).values
+    return torch.cat([rest, median.expand(*median.shape[:-1], window)], dim=-1)
 
 
 def parse_bytes(size: int | str) -> int:
@@ -91,11 +127,11 @@ def automatic(
     tolerance: float,
     chunks: int | None,
     **others: Any,
-) -> tuple[float, dict[str, str | float]]:
-    """Find the ratio that "auto" stands for; see `KVCache.prune` for the arguments.
+) -> tuple[float, int, dict[str, str | float]]:
+    """Find the ratio that "auto" stands for, and the bits where they are None; see `KVCache.prune` for the arguments.
 
     Returns:
-        the ratio and the evidence for it.
+        the ratio, the bits and the evidence for them.
 
     Raises:
         ValueError: another word, or what else was asked for is wrong, before anything is computed.
@@ -105,9 +141,23 @@ def automatic(
     if merge is not None:
         raise ValueError("merge does not go with 'auto', which measures what is left without merging")
     choose(kv, ratio=kv.ratio, level=level, scorer=scorer, **others)
-    return kv.bound("prune('auto')").find_ratio(
-        kv, tolerance=tolerance, level=level, scorer=scorer, bits=bits, chunks=chunks
-    )
+    owner = kv.bound("prune('auto')")
+    found = []
+    for one in CHOICES if bits is None else (bits,):
+        smallest, evidence = owner.find_ratio(
+            kv, tolerance=tolerance, level=level, scorer=scorer, bits=one, chunks=chunks
+        )
+        keep = choose(kv, ratio=smallest, level=level, scorer=scorer, **others)[0].keep
+        lost = float(evidence["lost"])
+        found.append((lost > tolerance, kv.nbytes_of(keep, one), smallest, one, evidence))
+    too_much, _, smallest, best, evidence = min(found, key=itemgetter(0, 1))
+    if too_much:
+        warnings.warn(
+            f"even with every pair kept, {evidence['lost']:.3f} of what full precision recovers is lost, more than the "
+            f"tolerance of {tolerance}: use more bits",
+            stacklevel=3,
+        )
+    return smallest, best, evidence
 
 
 def choose(
@@ -148,14 +198,20 @@ def choose(
         length = kv.context_length
         return select(scores, ratio, level, context_length=length, available=available, scores_of=others)
 
+    how = {"level": str(level), "scorer": "head scores" if by_head else by}
+    within = False
     if tokens is not None:
         wanted = ratio_of_tokens(kv, tokens)
+        within = kv.ratio <= wanted
     elif nbytes is not None:
         wanted = ratio_of_bytes(kv, nbytes, bits)
+        within = kv.nbytes_of(kv.keep_mask, bits) <= parse_bytes(nbytes)
     else:
         assert ratio is not None
         wanted = ratio
     check_ratio(wanted)
+    if within and available is not None:  # a limit, and what is left of an evicted cache is within it
+        return Selection(available, None), {**how, "ratio": kv.ratio}
     chosen = at(wanted)
     # A level may round up; the budget then shrinks by what is too much, at least a token a head.
     while nbytes is not None and (excess := kv.nbytes_of(chosen.keep, bits) - parse_bytes(nbytes)) > 0:
@@ -165,7 +221,7 @@ def choose(
             raise ValueError(f"nbytes={nbytes!r} is too little for level {str(level)!r}")
         wanted = left / kv.context_length
         chosen = at(wanted)
-    return chosen, {"level": str(level), "ratio": float(wanted), "scorer": "head scores" if by_head else by}
+    return chosen, {**how, "ratio": float(wanted)}
 
 
 def choose_above(

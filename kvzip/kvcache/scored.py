@@ -62,18 +62,19 @@ class ScoredContext(StoredContext):
             )
         return self.scored[scorer].at(ratio)
 
-    def set_scores(self, name: str, scores: Tensor, slope: Tensor | None = None) -> None:
+    def set_scores(self, name: str, scores: Tensor, slope: Tensor | None = None, window: int = 0) -> None:
         """Attach `scores` (num_layers, num_key_value_heads, context_length) under a scorer's name.
 
         Args:
             slope: as `scores`; (1 - ratio kept) times it is added when pruning.
+            window: last positions that are above the others only as long as nothing follows them.
 
         Raises:
             ValueError: wrong shape, NaN or infinity.
         """
         self.check_scores(name, scores, slope, self.context_length)
-        parts = (None if part is None else part.detach().to("cpu", torch.float32) for part in (scores, slope))
-        self.scored[name] = Scores(*parts)  # type: ignore[arg-type]
+        base, *rest = (part.detach().to("cpu", torch.float32) for part in Scores(scores, slope).tensors)
+        self.scored[name] = Scores(base, rest[0] if rest else None, window)
 
     def check_scores(self, name: str, scores: Tensor, slope: Tensor | None, length: int) -> None:
         """Raise ValueError where `scores` or `slope` are not of `length` tokens, or not finite."""

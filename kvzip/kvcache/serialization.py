@@ -53,6 +53,7 @@ def save(kv: KVCache, path: str | os.PathLike[str]) -> None:
         "kv_type": kv.kv_type,
         "level": str(kv.level),  # a level with settings is written as users write it
         "scorers": list(kv.scorers),
+        "windows": {name: scores.window for name, scores in kv.scored.items() if scores.window},
         "pruned_with": kv.pruned_with,
         "offload": kv.offloaded,
         "layers": layers,
@@ -112,7 +113,8 @@ def _fill(kv: KVCache, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
     kv.input_ids = tensors["input_ids"]
     kv.head_scores = tensors.get("head_scores")
     for name in header["scorers"]:
-        kv.set_scores(name, tensors[f"scores.{name}"], tensors.get(f"slopes.{name}"))
+        window = header.get("windows", {}).get(name, 0)
+        kv.set_scores(name, tensors[f"scores.{name}"], tensors.get(f"slopes.{name}"), window)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -14,7 +14,7 @@ FULL = 16  # bits that say: as the model computes
 CHOICES = (16, 8, 4)
 
 
-def check_bits(bits: int, now: int = FULL) -> int:
+def check_bits(bits: object, now: int = FULL) -> int:
     """Return `bits`, or raise ValueError with the choices, or where a store that has `now` cannot get them."""
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in CHOICES:
         raise ValueError(f"bits must be one of {CHOICES}, where 16 is the model's own precision; got {bits!r}")

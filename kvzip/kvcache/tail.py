@@ -171,13 +171,11 @@ class Tail:
         return new
 
     def _grow(self, capacity: int, keys: Tensor, values: Tensor) -> None:
-        old = None if self._buffers is None else self.states
-        shapes = ((*states.shape[:2], capacity, states.shape[3]) for states in (keys, values))
-        self._buffers = tuple(keys.new_empty(shape) for shape in shapes)  # type: ignore[assignment]
-        if old is not None:
-            assert self._buffers is not None
-            for buffer, states in zip(self._buffers, old, strict=True):
+        larger = [keys.new_empty((*states.shape[:2], capacity, states.shape[3])) for states in (keys, values)]
+        if self._buffers is not None:
+            for buffer, states in zip(larger, self.states, strict=True):
                 buffer[:, :, : states.shape[2]] = states
+        self._buffers = larger[0], larger[1]  # last: what interrupts the copies loses nothing
 
 
 def cloned(tail: Tail) -> Tail:

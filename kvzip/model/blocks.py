@@ -7,8 +7,8 @@ that is left.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from kvzip.kvcache.pruning import ratio_of_bytes
 from kvzip.kvcache.selection import get_level
 from kvzip.kvcache.store import FULL
 from kvzip.model import passes, restoring
-from kvzip.model.checks import check_positions, check_vocabulary
+from kvzip.model.checks import check_positions, check_tokens, check_vocabulary
 from kvzip.model.prompting import as_ids
 from kvzip.model.watching import Watch
 from kvzip.scoring import AttentionCall, LayerView, PrefillScorer, Scorer, ScoringContext
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from kvzip.model.model import ModelKVzip
 
 BLOCK = 8192  # tokens
+TEXT = 2**16  # characters that are read before they are encoded
+# Behind which text is cut, the best first: tokenizers do not join what is on both sides of a new line.
+BORDERS = tuple(map(re.compile, (r"(?<=\S)\n(?=\S)", r"\n(?=\S)", r"\S(?=\s)")))
 Budget = dict[str, Any]  # one of tokens=, nbytes=, as for `prune`; empty = no limit
 
 
@@ -39,14 +42,20 @@ def in_pieces(context: object) -> bool:
     return isinstance(context, Iterable) and not isinstance(context, Tensor)
 
 
+def as_pieces(context: Any, encode: Callable[[str], list[int]]) -> Iterable[Any]:
+    """A context as its pieces: one that is there as a whole is one, in ids."""
+    if in_pieces(context):
+        return context
+    return [encode(context) if isinstance(context, str) else context]
+
+
 def check_budget(tokens: int | None, nbytes: int | str | None, block: int) -> Budget:
     """Return what of tokens and bytes is given.
 
     Raises:
         ValueError: both, or neither a number above 0.
     """
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"block must be at least 1 token, got {block!r}")
+    check_tokens(block=block)
     if tokens is not None and nbytes is not None:
         raise ValueError(f"give one budget, not budget_tokens={tokens!r} and budget_nbytes={nbytes!r}")
     if tokens is not None:
@@ -127,11 +136,30 @@ def extend(
         raise ValueError("there is nothing to extend the context with")
 
 
+def encoded(pieces: Iterable[Any], encode: Callable[[str], list[int]]) -> Iterator[list[int]]:
+    """Yield the ids of texts, or ids, one after the other. Texts are joined, so that their borders leave no trace."""
+    held = ""
+    for piece in pieces:
+        if not isinstance(piece, str):
+            yield encode(held) if held else []
+            yield as_ids(piece, "context")
+            held = ""
+            continue
+        held += piece
+        if len(held) >= TEXT:
+            ends = (max((found.end() for found in border.finditer(held)), default=0) for border in BORDERS)
+            end = next(filter(None, ends), len(held))
+            yield encode(held[:end])
+            held = held[end:]
+    if held:
+        yield encode(held)
+
+
 def cut(pieces: Iterable[Any], encode: Callable[[str], list[int]], size: int) -> Iterator[list[int]]:
     """Yield blocks of `size` ids, the last two of half as many at least, of texts or ids one after the other."""
     held: list[int] = []
-    for piece in pieces:
-        held += encode(piece) if isinstance(piece, str) else as_ids(piece, "context")
+    for ids in encoded(pieces, encode):
+        held += ids
         while len(held) >= 2 * size:
             yield held[:size]
             held = held[size:]
@@ -163,9 +191,8 @@ def read(model: ModelKVzip, kv: KVCache, ids: Sequence[int], scorers: Sequence[S
                 passes.feed(model.model, kv, ids[start : start + chunk_size])
         context = shown(model, kv, ids)
         for one in scorers:
-            found = one.score(replace(context, notes=watch.notes.get(one.name, [])))
-            scored[one.name] = Scores(*passes.as_blend(found))
-            kv.check_scores(one.name, *scored[one.name], len(ids))
+            scored[one.name] = found = passes.scored(one, context, watch.notes.get(one.name, []))
+            kv.check_scores(one.name, found.base, found.slope, len(ids))
     kv.absorb(ids, scored)
 
 
@@ -205,6 +232,7 @@ def shown(model: ModelKVzip, kv: KVCache, ids: Sequence[int]) -> ScoringContext:
         max_positions=None if model.max_positions is None else model.max_positions - gone,
         progress=lambda items: passes.progress(items, "score", len(ids)),
         model_id=kv.model_id,
+        offset=kv.context_length,
     )
 
 

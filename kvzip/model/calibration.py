@@ -47,7 +47,7 @@ def load_head_scores(model: ModelKVzip, source: bool | str | PathLike[str] | Seq
     """
     if source is False:
         return None
-    loaded = head_scores.load(model.name if source is True else source)
+    loaded = _shipped(model) if source is True else head_scores.load(source)
     if tuple(loaded.tensor.shape) != model.head_shape:
         raise ValueError(
             f"head scores have shape {tuple(loaded.tensor.shape)}, {model.name} needs {model.head_shape} "
@@ -55,6 +55,16 @@ def load_head_scores(model: ModelKVzip, source: bool | str | PathLike[str] | Seq
         )
     if loaded.model_id and loaded.model_id != model.model_id["weights"]:
         warnings.warn(
-            f"head scores were computed on {loaded.model} with other weights than this {model.name}", stacklevel=4
+            f"head scores were computed on {loaded.model} with other weights, or another dtype, than this {model.name}",
+            stacklevel=4,
         )
     return loaded
+
+
+def _shipped(model: ModelKVzip) -> HeadScores:
+    """Those of the model's name, or else of its weights, whatever folder or object they come from."""
+    if model.name not in head_scores.available():
+        for one in map(head_scores.load, head_scores.available()):
+            if one.model_id == model.model_id["weights"]:
+                return one
+    return head_scores.load(model.name)

@@ -20,6 +20,13 @@ def check_kv_type(kv_type: str) -> str:
     return kv_type
 
 
+def check_tokens(**counts: int) -> None:
+    """Raise ValueError where a number of tokens, given by name, is no whole number above 0."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be at least 1 token, got {value!r}")
+
+
 def check_vocabulary(model: ModelKVzip, ids: list[int]) -> list[int]:
     """Return `ids`, or raise ValueError where one is outside the vocabulary."""
     size = model.model.get_input_embeddings().get_parameter("weight").shape[0]

@@ -212,7 +212,7 @@ class Compressor:
         if self.how.rescore:
             kv.scored = {}
         elif leaving:
-            scored = {name: _first(scores, leaving) for name, scores in self._scored(ids).items()}
+            scored = {name: scores.first(leaving) for name, scores in self._scored(ids).items()}
         known = kv.input_ids  # whoever feeds the tail says what its tokens are
         if leaving:
             kv.absorb(ids[:leaving], scored)
@@ -232,15 +232,13 @@ class Compressor:
         """Score all that is left, as a context of its own."""
         kv, context = self.kv, seen.whats_left(self.model, self.kv)
         for one in self.scorers:
-            base, slope = (
-                part if part is None else seen.put_back(part, kv.keep_mask) for part in self._score(one, context, [])
-            )
-            assert base is not None
-            kv.set_scores(one.name, base, slope)
+            found = self._score(one, context, [])
+            base, slope = seen.put_back(found.base, kv.keep_mask), found.slope
+            kv.set_scores(one.name, base, None if slope is None else seen.put_back(slope, kv.keep_mask))
 
     def _score(self, scorer: Scorer, context: ScoringContext, notes: list[Notes]) -> Scores:
         try:
-            return Scores(*passes.as_blend(scorer.score(replace(context, notes=notes))))
+            return passes.scored(scorer, context, notes)
         except ValueError as error:
             raise ValueError(f"{scorer.name} cannot score while decoding: {error}") from error
 
@@ -278,8 +276,3 @@ class _Between(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.compressor.step(input_ids[0])
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def _first(scores: Scores, count: int) -> Scores:
-    base, slope = scores
-    return Scores(base[..., :count], None if slope is None else slope[..., :count])

@@ -9,14 +9,13 @@ right ones, weighted by how surprising they are without the context? That is wha
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from kvzip.kvcache import Fidelity, KVCache, Level
 from kvzip.kvcache.store import FULL
-from kvzip.model import recovery
+from kvzip.model import recovery, seen
 from kvzip.scoring.reconstruction import Reconstruction, RepeatPrompts, fitting_inputs, repeat_prompts
 
 if TYPE_CHECKING:
@@ -50,29 +49,31 @@ def chosen_runs(model: ModelKVzip, kv: KVCache, inputs: Sequence[Reconstruction]
     return recovery.cut(kv, inputs, [*prompts.first, *prompts.suffix], _room(model, kv))
 
 
-def fidelity(model: ModelKVzip, kv: KVCache, *, chunks: int | None = None, seed: int = 0) -> Fidelity:
+def fidelity(
+    model: ModelKVzip, kv: KVCache, *, chunks: int | None = None, seed: int = 0, compare: bool = True
+) -> Fidelity:
     """Measure `kv` as it is; see `KVCache.fidelity`. Two passes over the chunks, and one over their runs.
 
-    One pass over each more where the kv masks: what it hides is still there to compare with.
+    One pass over each more to compare with what is masked, or with the context read once more.
     """
     inputs = chosen_passes(model, kv, chunks, seed)
     runs, weights = chosen_runs(model, kv, inputs), recovery.surprise(model, kv, inputs)
 
-    def measured() -> Fidelity:
+    def measured(kv: KVCache) -> Fidelity:
         chances = recovery.recall(model, kv, runs)
         return _summary(recovery.repeat(model, kv, inputs), recovery.recovered(weights, chances))
 
-    found = measured()
+    found = measured(kv)
     if is_whole(kv):
         if not kv.is_pruned:
             return found.against(found)
         with kv.unmasked():
-            return found.against(measured())
+            return found.against(measured(kv))
     known = kv.pruned_with
     if chunks is None and known.get("fidelity_tokens") == found.tokens:
         full: dict[str, Any] = {name: known[name] for name in Fidelity._fields if name in known and "full" in name}
         return found._replace(**full)
-    return found
+    return found.against(measured(seen.read_again(model, kv)[0])) if compare else found
 
 
 def is_whole(kv: KVCache) -> bool:
@@ -134,12 +135,7 @@ def find_ratio(
     step = _smallest(passing, 0, LAST)
     if step < LAST and not passing(step + 1):
         step = _smallest(passing, step + 1, LAST)
-    if not passing(step):  # quantisation alone
-        warnings.warn(
-            f"even with every pair kept, {losses[step][0]:.3f} of what full precision recovers is lost, more than the "
-            f"tolerance of {tolerance}: use more bits",
-            stacklevel=4,
-        )
+    passing(step)  # also where nothing is dropped: quantisation alone may lose more than the tolerance
     prune(step)
     found = _summary(recovery.repeat(model, trial, inputs), losses[step][1])
     return step * STEP, {

@@ -212,11 +212,18 @@ def _options(
             # A checkpoint's sampling defaults mean nothing to greedy decoding; unset, transformers does not warn.
             for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
                 options.setdefault(name, None)
-    _check_room(model, options.get("max_new_tokens", getattr(config, "max_new_tokens", None)), room)
-    if options.get("stop_strings") is not None:
+    wanted = options.get("max_new_tokens", getattr(config, "max_new_tokens", None))
+    most = options.get("max_length")
+    _check_room(model, wanted if wanted is not None or most is None else most - length, room)
+    if options.get("stop_strings", getattr(config, "stop_strings", None)) is not None:
         options.setdefault("tokenizer", model.tokenizer)
     if options.get("pad_token_id", config.pad_token_id) is None:
-        options["pad_token_id"] = next(iter(_eos_ids(model, options)), 0)
+        pad = next(iter(_eos_ids(model, options)), 0)
+        if "generation_config" in options:  # transformers takes either that or single settings
+            options["generation_config"] = copy.deepcopy(config)
+            options["generation_config"].pad_token_id = pad
+        else:
+            options["pad_token_id"] = pad
     return options
 
 

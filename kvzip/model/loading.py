@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvzip.devices import check_device
+
 BUNDLED = "bundled"
 
 ALIASES = {
@@ -78,7 +80,7 @@ def load(
         ValueError: unknown name, dtype or device, a device that is not there, or both device and device_map.
     """
     where, dtype = resolve_name(name), _dtype(dtype)
-    device = None if device is None else _device(device)
+    device = None if device is None else check_device(device)
     for_tokenizer = {
         key: kwargs[key] for key in ("revision", "token", "trust_remote_code", "cache_dir") if key in kwargs
     }
@@ -98,13 +100,3 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if found == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point):
         return found
     raise ValueError(f"unknown dtype {dtype!r}; expected 'auto', 'float32', 'bfloat16', 'float16' or a torch dtype")
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {device!r}; expected 'cpu', 'cuda' or 'cuda:INDEX'") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"there is no device {str(found)!r}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return found

@@ -15,15 +15,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvzip import attention, head_scores
 from kvzip.kvcache import Fidelity, KVCache, Seen, brought_back, check_bits, check_offload
 from kvzip.model import blocks, calibration, fidelity, generation, loading, passes, restoring, seen
-from kvzip.model.checks import check_kv, check_kv_type, check_positions, check_scorers, check_vocabulary, check_whole
+from kvzip.model.checks import (
+    check_kv,
+    check_kv_type,
+    check_positions,
+    check_scorers,
+    check_tokens,
+    check_vocabulary,
+    check_whole,
+)
 from kvzip.model.compressing import Decoding
 from kvzip.model.probe import make_layers
 from kvzip.model.prompting import INSTRUCTION, Query, as_ids, is_batch, is_messages
 from kvzip.model.wrapped import WrappedModel
 from kvzip.scoring import Notes, PrefillScorer, Scorer
-
-PREFILL_CHUNK = 16_000  # tokens a forward pass
-ANSWER_ROOM = 256  # tokens after the context that must fit into a sliding window treated as global
 
 
 class ModelKVzip(WrappedModel):
@@ -97,7 +102,7 @@ class ModelKVzip(WrappedModel):
         scorer: str | Scorer | Sequence[str | Scorer] | None = "kvzip",
         kv_type: str | None = None,
         load_score: bool | str | PathLike[str] | Sequence[str] = False,
-        prefill_chunk_size: int = PREFILL_CHUNK,
+        prefill_chunk_size: int = passes.PREFILL_CHUNK,
         instruction: str = INSTRUCTION,
         prefix_ids: Sequence[int] | None = None,
         query: Query | None = None,
@@ -118,13 +123,12 @@ class ModelKVzip(WrappedModel):
             kv_type: "evict" or "retain"; None = the constructor's.
             load_score: use stored head scores and score nothing, which makes "head" the default level: True = those
                 shipped for this model, else a name, a path, or several to merge.
-            prefill_chunk_size: tokens a forward pass.
+            prefill_chunk_size, block: tokens of a forward pass, and of a block.
             instruction: line between the chat template's beginning and the context.
             prefix_ids: all ids in front of the context, in place of template and instruction; may be empty.
             query: a question that scorers which watch the prefill shall see, for methods that need one or do better
                 with it; it is not kept. The cache is then made for this question.
             budget_tokens, budget_nbytes: what is kept while reading, tokens a head or "1GiB"; "retain" frees nothing.
-            block: tokens of a block.
             offload: "cpu" keeps what was read in host memory, see `kv.offload`. To hold no more than a block of it on
                 the devices while reading, give the context in pieces: [text].
 
@@ -135,29 +139,28 @@ class ModelKVzip(WrappedModel):
             ValueError: empty context, context longer than the model's positions, unknown scorer, kv_type or offload,
                 head scores that do not fit.
         """
-        kv_type, offload = check_kv_type(kv_type or self.kv_type), check_offload(offload)
-        if prefill_chunk_size < 1:
-            raise ValueError(f"prefill_chunk_size must be at least 1 token, got {prefill_chunk_size}")
+        kv_type, offload = check_kv_type(self.kv_type if kv_type is None else kv_type), check_offload(offload)
+        check_tokens(prefill_chunk_size=prefill_chunk_size)
         scorers = check_scorers(None if load_score else scorer)
         budget = blocks.check_budget(budget_tokens, budget_nbytes, block)
-        in_pieces = blocks.in_pieces(context)
-        if budget or in_pieces:
+        if budget or blocks.in_pieces(context):
             if load_score or query is not None:
                 raise ValueError("a context in blocks takes neither load_score nor query")
             first = partial(
                 self.prefill, scorer=scorers or None, kv_type=kv_type, prefill_chunk_size=prefill_chunk_size,
                 instruction=instruction, prefix_ids=prefix_ids, offload=offload,
             )  # fmt: skip
-            pieces: Any = context if in_pieces else [context]
-            return blocks.prefill(self, pieces, first, scorers, budget, block, prefill_chunk_size)
+            return blocks.prefill(
+                self, blocks.as_pieces(context, self.encode), first, scorers, budget, block, prefill_chunk_size
+            )
         loaded = calibration.load_head_scores(self, load_score)
         if isinstance(context, str):
             context = self.encode(context) if context.strip() else []
         context_ids = check_vocabulary(self, as_ids(context, "context"))  # type: ignore[arg-type]
         prefix = self.prompting.prefix_ids(instruction) if prefix_ids is None else list(prefix_ids)
-        prefix = check_vocabulary(self, prefix)
+        prefix = check_vocabulary(self, as_ids(prefix, "prefix") if prefix else [])
         length = len(prefix) + len(context_ids)
-        kv = self._empty_kv(kv_type, length + ANSWER_ROOM)
+        kv = self.empty_kv(kv_type, length + passes.ANSWER_ROOM)
         query_ids = [] if query is None else check_vocabulary(self, self.apply_template(query))
         check_positions(self, length + len(query_ids))
         notes = passes.prefill(
@@ -199,8 +202,7 @@ class ModelKVzip(WrappedModel):
             raise ValueError(f"this kv has {kv.tail_length} tokens of kept turns; what extends it comes before those")
         if {one.name for one in scorers} != set(kv.scorers):
             raise ValueError(f"this kv was scored by {kv.scorers}; extend it with the same methods")
-        pieces: Any = more if blocks.in_pieces(more) else [more]
-        blocks.extend(self, kv, pieces, scorers, budget, block, PREFILL_CHUNK)
+        blocks.extend(self, kv, blocks.as_pieces(more, self.encode), scorers, budget, block, passes.PREFILL_CHUNK)
 
     def score(self, kv: KVCache, scorer: str | Scorer | Sequence[str | Scorer] = "kvzip") -> None:
         """Score a kv that was prefilled without, or add the scores of further methods.
@@ -213,21 +215,15 @@ class ModelKVzip(WrappedModel):
         scorers = check_scorers(scorer)
         check_kv(self, kv)
         check_whole(kv)
-        notes: Mapping[str, list[Notes]] = {}
-        if any(isinstance(one, PrefillScorer) for one in scorers):
-            again = self._empty_kv(kv.kv_type, kv.sealed_length + ANSWER_ROOM)
-            notes = passes.prefill(
-                self.model, again, kv.input_ids.tolist(), kv.prefix_length, chunk_size=PREFILL_CHUNK,
-                modules=self._seams.modules, scorers=scorers,
-            )  # fmt: skip
-            del again
+        watching = [one for one in scorers if isinstance(one, PrefillScorer)]
+        notes = seen.read_again(self, kv, watching)[1] if watching else {}
         with brought_back(kv):
             self._score(kv, scorers, notes)
 
-    def fidelity(self, kv: KVCache, *, chunks: int | None = None, seed: int = 0) -> Fidelity:
+    def fidelity(self, kv: KVCache, **options: Any) -> Fidelity:
         """See `KVCache.fidelity`."""
         check_kv(self, kv)
-        return fidelity.fidelity(self, kv, chunks=chunks, seed=seed)
+        return fidelity.fidelity(self, kv, **options)
 
     def find_ratio(self, kv: KVCache, **options: Any) -> tuple[float, dict[str, str | float]]:
         """The ratio that `kv.prune("auto")` uses, and the evidence; see `kvzip.model.fidelity`."""
@@ -241,8 +237,8 @@ class ModelKVzip(WrappedModel):
     def _score(self, kv: KVCache, scorers: Sequence[Scorer], notes: Mapping[str, list[Notes]]) -> None:
         restoring.check(self, kv, scorers)
         with kv.unmasked():
-            seen = passes.scoring_context(self.model, kv, self._seams.modules, self.prompting, self.max_positions)
-            passes.score(kv, scorers, seen, notes)
+            context = passes.scoring_context(self.model, kv, self._seams.modules, self.prompting, self.max_positions)
+            passes.score(kv, scorers, context, notes)
         restoring.append(self, kv, scorers)
 
     def generate(
@@ -326,14 +322,15 @@ class ModelKVzip(WrappedModel):
         from kvzip.kvcache.serialization import load
 
         # A file says itself which layers were treated as global; 0 tokens needed lets every window do.
-        return load(self._empty_kv(self.kv_type, 0), path, offload).to(self.layer_devices)
+        return load(self.empty_kv(self.kv_type, 0), path, offload).to(self.layer_devices)
 
     def restore(self) -> PreTrainedModel:
         """Give the transformers model back with the attention it had before; this object is of no use afterwards."""
         attention.restore(self.model)
         return self.model
 
-    def _empty_kv(self, kv_type: str, needed: int) -> KVCache:
+    def empty_kv(self, kv_type: str, needed: int) -> KVCache:
+        """A kv of this model without a context, for `needed` tokens that must fit into a window treated as global."""
         kv = KVCache(make_layers(self.model, self._backend, needed), kv_type=kv_type, model_id=self.model_id)
         kv.kv_bits, kv.owner = self.kv_bits, weakref.ref(self)
         return kv

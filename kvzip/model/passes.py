@@ -11,13 +11,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kvzip.attention import Focus, TailFocus
-from kvzip.kvcache import ContextLayer, KVCache
+from kvzip.kvcache import ContextLayer, KVCache, Scores
 from kvzip.model.gradients import gradient_norms
 from kvzip.model.prompting import Prompting
 from kvzip.model.watching import ModuleInputs, Watch, inputs_of
 from kvzip.scoring import AttentionCall, Blend, LayerView, Notes, PrefillScorer, Scorer, ScoringContext, ScoringError
 
 T = TypeVar("T")
+PREFILL_CHUNK = 16_000  # tokens a forward pass
+ANSWER_ROOM = 256  # tokens after the context that must fit into a sliding window treated as global
 LONG_CONTEXT = 8192  # tokens from which a progress bar is shown
 
 
@@ -83,17 +85,20 @@ def score(kv: KVCache, scorers: Iterable[Scorer], context: ScoringContext, notes
     with torch.no_grad():
         for one in scorers:
             try:
-                found = one.score(replace(context, notes=notes.get(one.name, [])))
+                found = scored(one, context, notes.get(one.name, []))
             except ScoringError as error:
                 error.scorer = one.name
                 raise
-            kv.set_scores(one.name, *as_blend(found))
+            kv.set_scores(one.name, *found)
     kv.compact()
 
 
-def as_blend(scores: Tensor | Blend) -> tuple[Tensor, Tensor | None]:
-    """Scores and their slope, None where they are the same at every ratio."""
-    return (scores.base, scores.slope) if isinstance(scores, Blend) else (scores, None)
+def scored(scorer: Scorer, context: ScoringContext, notes: list[Notes]) -> Scores:
+    """What `scorer` gives for `context`, of which it noted `notes`."""
+    context = replace(context, notes=notes)
+    found = scorer.score(context)
+    base, slope = found if isinstance(found, Blend) else (found, None)
+    return Scores(base, slope, min(scorer.always_kept(context)[1], context.context_length))
 
 
 def scoring_context(

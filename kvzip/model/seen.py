@@ -15,7 +15,7 @@ from kvzip.kvcache.tail import Tail
 from kvzip.model import blocks, passes
 from kvzip.model.checks import check_positions
 from kvzip.model.watching import ModuleInputs, Watch, inputs_of
-from kvzip.scoring import LayerView, Notes, PrefillScorer, ScoringContext
+from kvzip.scoring import LayerView, Notes, PrefillScorer, Scorer, ScoringContext
 
 if TYPE_CHECKING:
     from kvzip.model.model import ModelKVzip
@@ -41,6 +41,19 @@ def look(model: ModelKVzip, kv: KVCache, ids: Sequence[int]) -> list[Seen]:
     with torch.no_grad(), kv.scratch(), recorded as calls, entering, kv.observe(observer):
         passes.feed(model.model, kv, ids)
     return [found[id(layer)] for layer in kv.context_layers]
+
+
+def read_again(
+    model: ModelKVzip, kv: KVCache, scorers: Sequence[Scorer] = ()
+) -> tuple[KVCache, dict[str, list[Notes]]]:
+    """Prefill the context of `kv` once more: the whole of it, and what `scorers` noted."""
+    again = model.empty_kv("evict", kv.sealed_length + passes.ANSWER_ROOM)
+    ids = kv.input_ids[: kv.sealed_length].tolist()
+    notes = passes.prefill(
+        model.model, again, ids, kv.prefix_length, chunk_size=passes.PREFILL_CHUNK, modules=model.modules,
+        scorers=scorers,
+    )  # fmt: skip
+    return again, notes
 
 
 def notes_of_tail(

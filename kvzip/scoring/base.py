@@ -160,6 +160,7 @@ class ScoringContext:
         progress: wrap an iterable of known length in a progress bar.
         notes: what a `PrefillScorer` noted, one entry a row.
         model_id: fingerprints of the model and its tokenizer, for methods whose weights belong to a model.
+        offset: tokens of the context before these, where a long one is scored block by block.
     """
 
     layers: Sequence[LayerView]
@@ -172,6 +173,7 @@ class ScoringContext:
     progress: Callable[[Iterable[T]], Iterable[T]]
     notes: Sequence[Notes] = field(default_factory=list)
     model_id: Mapping[str, str] = field(default_factory=dict)
+    offset: int = 0
 
     @property
     def prefix_length(self) -> int:
@@ -223,7 +225,10 @@ class Scorer(ABC):
         """Return (num_layers, num_key_value_heads, context_length) float32, finite, higher = keep."""
 
     def always_kept(self, context: ScoringContext) -> tuple[int, int]:
-        """How many positions at the beginning (prefix included) and at the end outrank all others."""
+        """How many positions at the beginning (prefix included) and at the end outrank all others.
+
+        Only a context's beginning has the first ones; the last are above the others until more text follows.
+        """
         return 0, 0
 
     def assemble(self, context: ScoringContext, layers: Sequence[Tensor]) -> Tensor:
@@ -236,7 +241,7 @@ class Scorer(ABC):
         rows = [layer.to("cpu", torch.float32).expand(heads, -1)[:, -length:] for layer in layers]
         scores = torch.stack(rows).contiguous()
         first, last = self.always_kept(context)
-        first = max(0, min(first - context.prefix_length, length))
+        first = 0 if context.offset else max(0, min(first - context.prefix_length, length))
         last = min(last, length)
         top = scores.max() + 1
         scores[..., :first] = top

@@ -324,18 +324,17 @@ def budgets_of(kv):
 
 
 @pytest.mark.parametrize("kind", ["tokens", "nbytes", "threshold"])
-def test_less_afterwards_is_less_at_once_and_more_is_gone(kind):
+def test_less_afterwards_is_less_at_once_and_a_larger_limit_changes_nothing(kind):
     large, small = budgets_of(fresh())[kind]
     steps, once = in_steps(fresh(), large, small), in_steps(fresh(), small)
     assert torch.equal(steps.keep_mask, once.keep_mask)
     before = state(steps)
-    if kind == "threshold":  # nothing is promised but the threshold
-        steps.prune(**large)
-        assert steps.keep_mask.tolist() == before[0]
-    else:
-        with pytest.raises(ValueError, match="left in this evicted cache"):
-            steps.prune(**large)
-        assert state(steps) == before
+    steps.prune(**large)  # a limit, which what is left is within already
+    assert (steps.keep_mask.tolist(), steps.nbytes) == before[:2]
+    before = state(steps)
+    with pytest.raises(ValueError, match="left in this evicted cache"):
+        steps.prune(0.9)
+    assert state(steps) == before
 
 
 @pytest.mark.parametrize("kind", ["tokens", "nbytes", "threshold"])

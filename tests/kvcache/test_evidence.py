@@ -39,9 +39,10 @@ def test_a_masked_kv_is_compared_with_what_it_hides():
     assert bool((kv.keep_mask == mask).all())
     evicted = copy("evict")
     evicted.prune(0.3)
-    alone = evicted.fidelity()
+    alone = evicted.fidelity(compare=False)
     assert alone.recovered == pytest.approx(found.recovered, abs=1e-4)
     assert alone.full_accuracy is alone.full_log_likelihood is alone.relative is None
+    assert evicted.fidelity().relative == pytest.approx(found.relative, abs=1e-4)
 
 
 @pytest.mark.parametrize("kv_type", ["evict", "retain"])
@@ -60,8 +61,26 @@ def test_what_lost_precision_or_channels_is_no_measure(kv_type, change, words):
     with pytest.raises(ValueError, match=f"whole context.*{words}"):
         kv.prune("auto", chunks=1)
     assert kv.ratio == 1
-    found = kv.fidelity(chunks=1)
+    found = kv.fidelity(chunks=1, compare=False)
     assert found.full_accuracy is found.full_recovered is found.full_log_likelihood is None
+
+
+CHANGES = {
+    "bits": lambda kv: kv.quantize(8),
+    "positions": lambda kv: kv.rerotate(),
+    "channels": lambda kv: kv.prune_channels(0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_evidence_of_what_was_changed_since_is_forgotten(change):
+    kv = copy("evict")
+    kv.prune("auto", tolerance=0.1, chunks=1)
+    before = dict(kv.pruned_with)
+    assert {"lost", "accuracy", "fidelity_tokens"} < set(before)
+    CHANGES[change](kv)
+    assert kv.pruned_with == {what: before[what] for what in ("level", "ratio", "scorer")}
+    assert "lost" not in repr(kv)
 
 
 def test_bits_and_evidence_stand_in_the_repr_where_nothing_goes(monkeypatch):

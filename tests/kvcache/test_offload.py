@@ -411,7 +411,7 @@ def test_other_places_are_refused(where):
 
 
 def test_a_kv_without_a_context_is_refused():
-    kv = model()._empty_kv("evict", 10)
+    kv = model().empty_kv("evict", 10)
     with pytest.raises(ValueError, match="no context yet"):
         kv.offload()
     assert kv.offloaded is None

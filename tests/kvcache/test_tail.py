@@ -9,6 +9,7 @@ import torch
 from kvzip import ModelKVzip
 from kvzip.attention import BACKENDS
 from kvzip.kvcache import ContextLayer, KVCache, SlidingLayer
+from kvzip.kvcache import layer as layer_module
 from kvzip.kvcache.tail import Tail
 from kvzip.model import decode
 from tests.tiny import build, ids
@@ -266,6 +267,50 @@ def test_ctrl_c_in_the_middle_layer_leaves_the_kv_as_it_was(name, kept_turn, upd
     assert kv.input_ids.tolist() == known
     assert kv.get_seq_length() == len(known)
     assert model.generate(QUERY, kv, **GREEDY).tolist() == answer
+
+
+def test_an_interrupt_while_the_tail_grows_loses_no_turn(monkeypatch):
+    model, kv = model_of("llama"), prefill("llama")
+    model.generate(QUERY, kv, update_cache=True, **GREEDY)
+    before = logits(kv, "llama")
+    kv.compact()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "__setitem__", interrupt)  # the first row that goes to a larger buffer
+        with pytest.raises(KeyboardInterrupt):
+            model(ids(300, seed=6), kv)
+    assert torch.equal(logits(kv, "llama"), before)
+
+
+@pytest.mark.parametrize("kv_type", ["evict", "retain"])
+def test_a_layer_that_cannot_be_quantised_is_left_whole(monkeypatch, kv_type):
+    """Pruning goes layer by layer; one that fails holds what its mask says, and everything can be pruned again."""
+    kv = prefill("llama", kv_type=kv_type)
+    calls, quantized = [], layer_module.quantized
+
+    def fails_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return quantized(*args)
+
+    monkeypatch.setattr(layer_module, "quantized", fails_at_the_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        kv.prune(0.3, bits=8)
+    monkeypatch.undo()
+    if kv_type == "evict":
+        held = torch.tensor([layer.store.kv_lengths for layer in kv.context_layers])
+        assert torch.equal(held, kv.keep_mask.sum(-1) + kv.prefix_length)
+    assert [layer.bits for layer in kv.context_layers] == [8, 16, 16, 16]
+    kv.prune(0.2, bits=8)
+    assert kv.ratio == pytest.approx(0.2, abs=0.01)
+    assert [layer.bits for layer in kv.context_layers] == [8] * 4
+
+
+def test_states_of_other_heads_are_refused():
+    kv, other = prefill("llama"), build("llama", num_key_value_heads=4)
+    with pytest.raises(ValueError, match=r"2 KV heads of \d+, not 4 of \d+"), kv.scratch():
+        kv.update(*(torch.zeros(1, 4, 1, kv.layers[0].store.values.shape[1]) for _ in "kv"), 0)
+    assert other.config.num_key_value_heads == 4
 
 
 @both

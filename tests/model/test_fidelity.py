@@ -1,5 +1,6 @@
 """Fidelity: what it measures, that it follows the answers, and the ratio that chooses itself."""
 
+import warnings
 from functools import cache
 
 import pytest
@@ -112,8 +113,9 @@ def test_what_a_sample_says_of_the_whole_context_is_not_taken_for_all_of_it():
     kv = full().clone()
     kv.prune("auto", tolerance=0.02, chunks=1)
     assert kv.pruned_with["fidelity_tokens"] < kv.context_length
-    found = kv.fidelity()
+    found = kv.fidelity(compare=False)
     assert found.full_accuracy is found.full_recovered is found.relative is None
+    assert kv.fidelity() == found.against(full().fidelity())
 
 
 def test_a_tolerance_of_less_keeps_more():
@@ -152,12 +154,33 @@ def test_bad_questions_are_refused_and_the_kv_is_as_it_was(ask, words):
     assert kv.ratio == 1.0
 
 
-def test_what_was_evicted_cannot_be_compared():
+def test_what_was_evicted_is_read_again_to_compare_with():
     kv = full().clone()
     kv.prune(0.5)
     with pytest.raises(ValueError, match=r"whole context.*0\.500"):
         kv.prune("auto")
-    assert kv.fidelity().full_accuracy is None
+    whole, found = full().fidelity(), kv.fidelity()
+    assert (found.full_accuracy, found.full_recovered) == (whole.accuracy, pytest.approx(whole.recovered))
+    assert found.relative == pytest.approx(found.recovered / whole.recovered)
+    assert kv.fidelity(compare=False).full_accuracy is None
+
+
+def test_bits_are_found_too():
+    """Of the bits that hold the tolerance, those that take the fewest bytes."""
+    sizes = {}
+    for bits in (4, 8, 16):
+        kv = full().clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kv.prune("auto", bits=bits, tolerance=0.05, chunks=1)
+        if kv.pruned_with["lost"] <= 0.05:
+            sizes[kv.nbytes] = (bits, kv.ratio)
+    kv = full().clone()
+    kv.prune("auto", bits="auto", tolerance=0.05, chunks=1)
+    assert (kv.bits, kv.ratio) == sizes[min(sizes)]
+    assert kv.bits < 16
+    with pytest.raises(ValueError, match=r"bits must be one of .*'auto'"):
+        full().clone().prune(0.5, bits="auto")
 
 
 def test_a_kv_whose_model_is_gone_says_so():

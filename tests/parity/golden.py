@@ -18,6 +18,8 @@ ROOT = Path(os.environ.get("KVZIP_GOLDEN_DIR", Path(__file__).parents[3] / "shar
 def manifest(kind: str) -> dict:
     """The manifest of `kind`; the tests of the calling file are skipped where there is none."""
     path = ROOT / kind / "MANIFEST.json"
+    if not path.is_file() and "KVZIP_GOLDEN_DIR" in os.environ:
+        raise FileNotFoundError(f"KVZIP_GOLDEN_DIR is {ROOT}, where there is no {kind}/MANIFEST.json")
     if not path.is_file():
         pytest.skip(f"no golden files at {path} (set KVZIP_GOLDEN_DIR)", allow_module_level=True)
     return json.loads(path.read_text())
@@ -37,6 +39,14 @@ def variants(*presses: str) -> list[tuple[str, str]]:
         if facts.get("press") in presses
         for variant in facts["variants"]
     ]
+
+
+def without(*presses: str) -> dict[str, set[str]]:
+    """Of kvpress's `presses`, the folders (a model and a length) in which another one was recorded, but not they."""
+    files = {file: facts["press"] for file, facts in manifest("kvpress")["files"].items() if "press" in facts}
+    folders = {file.rsplit("/", 1)[0] for file in files}
+    found = {press: {file.rsplit("/", 1)[0] for file, one in files.items() if one == press} for press in presses}
+    return {press: folders - there for press, there in found.items() if there != folders}
 
 
 def recorded(file: str, variant: str) -> tuple[dict, dict]:

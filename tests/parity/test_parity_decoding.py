@@ -68,11 +68,8 @@ def how_of(settings):
     return Decoding(base, settings["compression_interval"], tokens=settings["target_size"], window=0, rescore=True)
 
 
-def test_every_press_is_there_for_both_models_and_both_lengths():
-    for press in (*PRESSES, "dms"):
-        assert {file.rsplit("/", 1)[0] for file, _ in variants(press)} == {
-            f"{arch}/{length}" for arch in ("llama", "qwen3") for length in ("N37", "N700")
-        }
+def test_every_press_is_there_for_every_model_and_length():
+    assert not golden.without(*PRESSES, "dms")
 
 
 # kvpress keeps rows in the order of their scores, which for streaming_llm are all alike: see below.
@@ -104,7 +101,7 @@ def test_streaming_llm_keeps_the_first_and_the_last(file, variant):
     size = settings["target_size"]
     for last, keep in events:
         expected = torch.cat([torch.arange(4), torch.arange(last + 1 - (size - 4), last + 1)])
-        assert torch.equal(positions(keep), expected.expand(3, 2, -1))
+        assert torch.equal(positions(keep), expected.expand(*keep.shape[:2], -1))
 
 
 class Recorded(CaM):
@@ -147,5 +144,5 @@ def test_threshold_and_window(file, variant):
     kv.prune(threshold=threshold, level=WindowThreshold(window))
     logits, _ = decoded(model, kv, Decoding(every=1, threshold=threshold, window=window), prompt, tokens)
     assert close(logits, found["logits"])
-    recent = torch.ones(3, 2, kv.tail_length, dtype=torch.bool)
+    recent = torch.ones(*kv.keep_mask.shape[:2], kv.tail_length, dtype=torch.bool)
     assert torch.equal(torch.cat([kv.keep_mask, recent], dim=-1), found["kept_mask"].bool())

@@ -82,7 +82,8 @@ def test_keys_and_values(file):
         layer, what = name.removeprefix("layer").split("/")
         cached = kv.layers[int(layer)]
         if hasattr(cached, "context"):
-            found = (cached.context.keys if what == "key" else cached.context.values).view(expected.shape[0], -1, 16)
+            states = cached.context.keys if what == "key" else cached.context.values
+            found = states.view(expected.shape[0], -1, expected.shape[-1])
         else:
             found = (cached.keys if what == "key" else cached.values)[0]
         held = min(found.shape[1], expected.shape[1])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvzip import ModelKVzip, Scorer, list_scorers, register
+from kvzip.kvcache import get_level
 from kvzip.scoring import LayerScorer, get_scorer, named_scorers, registry
 from kvzip.scoring.methods.knorm import KNorm
 from tests.tiny import build, ids
@@ -50,7 +51,7 @@ def test_all_methods_are_listed_with_paper_and_cost():
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("kvzp", "kvzip"), ("kvzip-plus", "kvzip_plus"), ("streamingllm", "streaming_llm"), ("zz", None)],
+    [("kvzp", "kvzip"), ("kvzip-pluss", "kvzip_plus"), ("streamingllm", "streaming_llm"), ("zz", None)],
 )
 def test_an_unknown_name_answers_with_the_nearest(name, nearest):
     with pytest.raises(ValueError, match="unknown scorer") as error:
@@ -59,6 +60,12 @@ def test_an_unknown_name_answers_with_the_nearest(name, nearest):
     assert repr(name) in message
     assert all(repr(known) in message for known in NAMES)
     assert nearest is None or repr(nearest) in message.split("did you mean")[1]
+
+
+def test_a_hyphen_is_an_underscore():
+    assert get_scorer("kvzip-plus") == get_scorer("kvzip_plus")
+    assert get_scorer("streaming-llm(n_sink=2)").n_sink == 2
+    assert get_level("critical_adakv") == get_level("critical-adakv")
 
 
 @pytest.mark.parametrize("wrong", [None, 3, KNorm, ["knorm"]], ids=str)

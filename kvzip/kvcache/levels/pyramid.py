@@ -15,7 +15,8 @@ class Pyramid(Level):
     """The same number of pairs in every head of a layer, less in each layer than in the one before.
 
     Where there is no room for a pyramid (long windows, ratios near 0 or 1, a single layer) all layers get the same.
-    Budgets of a smaller ratio may be larger in some layers, so pruning twice can ask for what is gone.
+    Budgets of a smaller ratio may be larger in some layers: what an evicted cache no longer has there goes to the other
+    layers, the first ones first.
 
     Args:
         beta: the last layer would get a `beta`-th of the mean budget, the first what then remains; at least 1.
@@ -51,7 +52,21 @@ class Pyramid(Level):
     def choose(self, request: Request) -> Selection:
         """Keep every head's best pairs, as many as its layer may."""
         layers, _, length = request.scores.shape
-        return Selection(keep_by_layer(request, self.budgets(request.ratio, layers, length)), None)
+        budgets = self.budgets(request.ratio, layers, length)
+        if request.available is not None:
+            budgets = within(budgets, request.available.sum(-1).amin(-1).tolist())
+        return Selection(keep_by_layer(request, budgets), None)
+
+
+def within(budgets: Sequence[int], room: Sequence[int]) -> list[int]:
+    """Move what a layer has no room for to those that have some; what no layer has room for stays with the first."""
+    moved = [min(pair) for pair in zip(budgets, room, strict=True)]
+    spare = sum(budgets) - sum(moved)
+    for row, left in enumerate(room):
+        more = min(spare, left - moved[row])
+        moved[row], spare = moved[row] + more, spare - more
+    moved[0] += spare
+    return moved
 
 
 def keep_by_layer(request: Request, budgets: Sequence[int]) -> Tensor:

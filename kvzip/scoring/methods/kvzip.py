@@ -39,7 +39,7 @@ class KVzip(Scorer):
     inputs: Sequence[Reconstruction] | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size < 1:
+        if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 token, got {self.chunk_size}")
         if self.n_sink is not None and self.n_sink < 0:
             raise ValueError(f"n_sink must be 0 or more tokens, or None for the whole prefix, got {self.n_sink}")

@@ -53,7 +53,8 @@ class SimLayerKV(PrefillScorer):
         scores = super().score(context)
         assert isinstance(scores, Tensor)
         # Where a budget is less than the tokens of lazy layers, the first ones outlive the latest.
-        scores[..., : max(0, self.n_initial - context.prefix_length)] += 1
+        if not context.offset:
+            scores[..., : max(0, self.n_initial - context.prefix_length)] += 1
         return scores
 
     def score_layer(self, layer: LayerView, notes: Notes) -> Tensor:

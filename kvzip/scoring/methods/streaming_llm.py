@@ -8,14 +8,17 @@ from torch import Tensor
 from kvzip.scoring.base import Scorer, ScoringContext
 from kvzip.scoring.registry import register
 
+POSITIONS = 2**24  # up to which float32 holds every whole number
+
 
 @register
 @dataclass(frozen=True)
 class StreamingLLM(Scorer):
     """Keep the first `n_sink` positions, then the most recent ones.
 
-    Scores are ranks in [0, 1], so one score tensor serves every ratio; kvpress gives 0 or 1 for one ratio. The kept
-    set is the same. A protected prefix holds sinks too: the context's own first positions are kept beside it.
+    Scores are positions, scaled into [0, 1], so one score tensor serves every ratio; kvpress gives 0 or 1 for one
+    ratio. The kept set is the same. A protected prefix holds sinks too: the context's own first positions are kept
+    beside it.
     """
 
     name = "streaming_llm"
@@ -29,7 +32,6 @@ class StreamingLLM(Scorer):
 
     def score(self, context: ScoringContext) -> Tensor:
         """(num_layers, num_key_value_heads, context_length)"""
-        ranks = torch.arange(context.context_length, dtype=torch.float64)
-        ranks[: self.n_sink] += context.context_length
-        order = ranks.argsort().argsort()
-        return (order / max(1, context.context_length - 1)).float().expand(context.shape).contiguous()
+        positions = context.offset + torch.arange(context.context_length)
+        positions[: max(0, self.n_sink - context.offset)] += POSITIONS - self.n_sink
+        return (positions / POSITIONS).expand(context.shape).contiguous()
