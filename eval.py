@@ -5,7 +5,7 @@ One JSON line an answer goes to the output folder as it comes. Stopped and start
 it was. Under torchrun, `accelerate launch` or SLURM (tasks, arrays) the contexts are split among the processes.
 
   python eval.py -m bundled -d facts,kv --scorer kvzip,random --ratio 0.1,0.3,0.5,1.0 --num 10
-  torchrun --nproc-per-node 8 eval.py -m qwen2.5-7b -d ruler:8k --scorer kvzip,snapkv -n 100
+  torchrun --nproc-per-node 8 eval.py -m qwen2.5-7b -d niah:8k --scorer kvzip,snapkv -n 100
   python eval.py report results/bundled_facts-kv    tables, figures and a page; `eval.py report --help` has options
 """
 
@@ -176,12 +176,14 @@ def print_report(args: argparse.Namespace) -> None:
     print(f"figures and page: {output / 'report.html'}", file=sys.stderr)
 
 
+def dashed(argument: str) -> str:
+    """Write --max_context, --max_context=50 too, as --max-context."""
+    flag = re.match(r"--\w[\w-]*(?==|$)", argument)
+    return argument if flag is None else flag[0].replace("_", "-") + argument[flag.end() :]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    # --max_context is --max-context.
-    arguments = [
-        re.sub("(?<!^)_", "-", one) if re.fullmatch(r"--\w+(-\w+)*", one) else one
-        for one in (sys.argv[1:] if argv is None else argv)
-    ]
+    arguments = [dashed(one) for one in (sys.argv[1:] if argv is None else argv)]
     wants_report = arguments[:1] == ["report"]
     args = report_parser().parse_args(arguments[1:]) if wants_report else sweep_parser().parse_args(arguments)
     try:

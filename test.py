@@ -155,23 +155,31 @@ def run(args: argparse.Namespace) -> None:
     meter.start()
     warm_up(model, samples[0].record(), settings)
     profile.stages.append(meter.stop("warm-up"))
-    for sample in samples:
-        try:
-            profile.contexts.append(profile_context(model, sample, settings, meter))
-        except ValueError as error:
-            raise ValueError(f"{sample}: {error}") from error
-        if view:
-            view.add(profile)
-    if view:
-        view.end(profile)
-    if path is not None:
-        save_head_scores(profile, path)
-    if args.json is not None:
+    try:
+        for sample in samples:
+            try:
+                profile.contexts.append(profile_context(model, sample, settings, meter))
+            except ValueError as error:
+                raise ValueError(f"{sample}: {error}") from error
+            if view:
+                view.add(profile)
+    finally:  # what was computed before an error or Ctrl-C is kept
+        if profile.contexts:
+            if view:
+                view.end(profile)
+            keep(profile, args.json, path)
+
+
+def keep(profile: Profile, file: str | None, head_scores: str | None) -> None:
+    """Write the profile and the head scores to the files given, "-" = the terminal."""
+    if file is not None:
         text = json.dumps(profile.to_json(), indent=2, ensure_ascii=False) + "\n"
-        if args.json == "-":
+        if file == "-":
             sys.stdout.write(text)
         else:
-            write(args.json, text)
+            write(file, text)
+    if head_scores is not None:
+        save_head_scores(profile, head_scores)
 
 
 def find_devices(args: argparse.Namespace) -> list[torch.device]:
@@ -224,7 +232,10 @@ def write(file: str, text: str) -> None:
 def save_head_scores(profile: Profile, path: str) -> None:
     """Write the head scores and say where."""
     scores = profile.head_scores()
-    scores.save(path)
+    try:
+        scores.save(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path!r}: {error.strerror}") from error
     layers, heads = scores.tensor.shape
     print(f"head scores of {layers} layers x {heads} KV heads: {path} (use: --load_score {path})", file=sys.stderr)
 

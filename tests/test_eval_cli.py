@@ -205,7 +205,7 @@ def test_ours_are_not_told_as_the_users_mistakes(monkeypatch, tmp_path):
 def test_flags_may_have_underscores(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(sweep, "run", lambda model, plan, *args, **options: seen.append(plan) or 0)
-    flags = ["--max_context", "50", "--batch_size", "3", "--bits", "16,4"]
+    flags = ["--max_context", "50", "--batch_size=3", "--bits", "16,4"]
     assert cli.main([*SMALL, *flags, "-o", str(tmp_path)]) == 0
     assert (seen[0].max_context, seen[0].batch_size, seen[0].bits) == (50, 3, (16, 4))
 

@@ -157,6 +157,23 @@ def test_what_cannot_be_read_gives_one_line_and_status_1(cli, tmp_path, capsys):
         assert (err.count("\n"), out) == (1, "")
 
 
+def test_what_was_computed_before_an_error_is_kept(cli, tmp_path, capsys):
+    """The second context is longer than the model has positions."""
+    files = {"--json": tmp_path / "all.json", "--save_head_score": tmp_path / "heads.json"}
+    assert status_of(cli, "-d", "facts:60,facts:9k", *(str(part) for pair in files.items() for part in pair)) == 1
+    assert "facts:9k" in capsys.readouterr().err
+    (context,) = json.loads(files["--json"].read_text())["contexts"]
+    assert context["questions"]
+    assert files["--save_head_score"].is_file()
+
+
+def test_a_full_disk_for_head_scores_leaves_the_rest(cli, tmp_path, capsys):
+    arguments = ["-d", "facts:60", "--json", str(tmp_path / "all.json"), "--save_head_score", "/dev/full"]
+    assert status_of(cli, *arguments) == 1
+    assert "cannot write '/dev/full': No space left" in capsys.readouterr().err
+    assert json.loads((tmp_path / "all.json").read_text())["contexts"]
+
+
 def test_a_full_disk_is_told_with_the_files_name(cli, capsys):
     with pytest.raises(OSError, match="cannot write '/dev/full': No space left"):
         cli.write("/dev/full", "text")

@@ -15,6 +15,9 @@ from kvzip import KVCache, ModelKVzip, data
 from kvzip.data import Record
 
 TASKS = ("facts", "kv", "passkey")
+NEEDLES = (
+    "niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2", "niah_multivalue", "niah_multiquery",
+)  # fmt: skip
 Row = dict[str, Any]
 
 
@@ -38,12 +41,14 @@ class Exam(NamedTuple):
         )
 
 
-def exams(lengths: Iterable[int], documents: int, questions: int, seed: int) -> list[Exam]:
+def exams(
+    lengths: Iterable[int], documents: int, questions: int, seed: int, tasks: Sequence[str] = TASKS
+) -> list[Exam]:
     """So many documents of every task and length, the longest first, so that no worker ends with one of them."""
     return [
         Exam(task, length, seed + i, questions)
         for length in sorted(lengths, reverse=True)
-        for task in TASKS
+        for task in tasks
         for i in range(documents)
     ]
 

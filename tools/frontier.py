@@ -3,7 +3,8 @@
     python -m tools.frontier            # writes benchmarks/results/frontier.{json,md,png}
 
 The bundled model's held-out exams, one prefill a document. Fidelity (no question, no gold answer) is measured beside
-every exam, so that the second figure shows how well it foretells them.
+every exam, so that the second figure shows how well it foretells them. RULER's needles, which have one question a
+document, say what "auto" chooses for them and no more.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip import KVCache, ModelKVzip
-from tools.exams import TASKS, Exam, Row, described, exams, mean, right, sit
+from tools.exams import NEEDLES, TASKS, Exam, Row, described, exams, mean, right, sit
 
 ROOT = Path(__file__).resolve().parent.parent
 BITS = (16, 8, 4)
@@ -36,15 +37,16 @@ def ask(model: ModelKVzip, exam: Exam) -> list[Row]:
         where = {"task": exam.task, "length": exam.length, "seed": exam.seed}
         row: Row = where | {"curve": curve, "ratio": kv.ratio, "bits": kv.bits}
         row |= {"bytes": kv.nbytes / kv.full_nbytes, "score": right(model, kv, record)}
-        rows.append(row | {"fidelity": kv.fidelity().recovered} | more)
+        rows.append(row | {"fidelity": kv.fidelity(compare=False).recovered} | more)
         return rows[-1]
 
-    for bits in BITS:
+    needle = exam.task in NEEDLES
+    for bits in AUTO_BITS if needle else BITS:
         for ratio in RATIOS:
             kv = whole.clone()
             kv.prune(ratio, bits=bits)
             add(f"kvzip, {bits} bits", kv, asked=ratio)
-    for scorer in OTHERS:
+    for scorer in () if needle else OTHERS:
         for ratio in RATIOS[1:]:
             kv = whole.clone()
             kv.prune(ratio, scorer=scorer)
@@ -58,9 +60,7 @@ def ask(model: ModelKVzip, exam: Exam) -> list[Row]:
 
 def table(rows: list[Row]) -> list[str]:
     """Markdown: score and bytes of every curve and ratio, then what auto chose, and fidelity against score."""
-    cells: dict[tuple[str, Any], list[Row]] = defaultdict(list)
-    for row in rows:
-        cells[row["curve"], row["asked"]].append(row)
+    cells = by_setting([row for row in rows if row["task"] in TASKS])
     lines = [f"| | {' | '.join(map(str, RATIOS))} |", "|---" * (len(RATIOS) + 1) + "|"]
     for curve in dict.fromkeys(curve for curve, asked in cells if asked != "auto"):
         parts = []
@@ -68,6 +68,7 @@ def table(rows: list[Row]) -> list[str]:
             found = cells.get((curve, ratio)) or cells["kvzip, 16 bits", ratio]
             parts.append(f"{100 * mean(found, 'score'):.1f} ({100 * mean(found, 'bytes'):.1f} %)")
         lines.append(f"| {curve} | {' | '.join(parts)} |")
+    cells = by_setting(rows)
     full = cells["kvzip, 16 bits", 1.0]
     lines += [
         "",
@@ -75,7 +76,7 @@ def table(rows: list[Row]) -> list[str]:
         "|---" * 7 + "|",
     ]
     for bits in AUTO_BITS:
-        for task in TASKS:
+        for task in (*TASKS, *NEEDLES):
             chosen = [row for row in cells[f"auto, {bits} bits", "auto"] if row["task"] == task]
             score = mean([row for row in full if row["task"] == task], "score")
             own = {
@@ -91,6 +92,14 @@ def table(rows: list[Row]) -> list[str]:
         "",
         f"Correlation of fidelity and score over {len(rows)} documents and settings: {correlation(rows):.2f}",
     ]
+
+
+def by_setting(rows: list[Row]) -> dict[tuple[str, Any], list[Row]]:
+    """Rows by curve and what was asked for."""
+    cells: dict[tuple[str, Any], list[Row]] = defaultdict(list)
+    for row in rows:
+        cells[row["curve"], row["asked"]].append(row)
+    return cells
 
 
 def correlation(rows: list[Row]) -> float:
@@ -111,12 +120,17 @@ def draw(rows: list[Row], path: Path) -> None:
     left, over = figure.subplots(1, 2)
     cells: dict[str, dict[Any, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        cells[row["curve"]][row["asked"]].append(row)
+        if row["task"] in TASKS:
+            cells[row["curve"]][row["asked"]].append(row)
     for curve, points in cells.items():
         xs, ys = ([mean(found, name) for found in points.values()] for name in ("bytes", "score"))
         auto = curve.startswith("auto")
         left.plot(xs, ys, "*" if auto else "o-", markersize=12 if auto else 4, label=curve)
         over.plot([mean(found, "fidelity") for found in points.values()], ys, "o", markersize=4, label=curve)
+    for task in NEEDLES:
+        points = by_setting([row for row in rows if row["task"] == task]).values()
+        means = ([mean(found, name) for found in points] for name in ("fidelity", "score"))
+        over.plot(*means, "x", color="grey", markersize=4)
     left.set(xscale="log", xlabel="KV bytes over the full cache", ylabel="exact answers", ylim=(-0.02, 1.02))
     over.set(xlabel="fidelity: what runs after a cue recover", ylabel="exact answers", ylim=(-0.02, 1.02))
     left.legend(fontsize=7)
@@ -129,11 +143,14 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024", help="context lengths in tokens")
     parser.add_argument("--documents", type=int, default=2, help="documents a task and length")
     parser.add_argument("--questions", type=int, default=8, help="questions a document")
+    parser.add_argument("--needles", type=int, default=4, help="documents a needle task and length, of one question")
     parser.add_argument("--seed", type=int, default=7_000_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "frontier")
     args = parser.parse_args()
-    chosen = exams(map(int, args.lengths.split(",")), args.documents, args.questions, args.seed)
+    lengths = list(map(int, args.lengths.split(",")))
+    chosen = exams(lengths, args.documents, args.questions, args.seed)
+    chosen += exams(lengths, args.needles, 1, args.seed, NEEDLES)
     rows = sit(ask, args.model, chosen, args.workers)
     weights = ModelKVzip(args.model).model_id["weights"]
     settings = {name: value for name, value in vars(args).items() if name != "out"} | {"weights": weights}

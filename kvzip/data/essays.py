@@ -40,24 +40,25 @@ def essays_of(options: Options) -> tuple[str, ...] | None:
     """Return the sentences of the essays under `options.data_dir`, or None where there are none.
 
     The `*.txt` of the first of these folders that has any are read: niah/PaulGrahamEssays, PaulGrahamEssays, and
-    `data_dir` itself. A `data_dir` without essays is reported in the log, for other sentences take their place.
+    `data_dir` itself. Where there are none that is told in the log, for other sentences take their place.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: an essay that is no UTF-8 text.
     """
     if options.data_dir is None:
+        _tell_missing("no --data-dir with essays was given")
         return None
     if not Path(options.data_dir).is_dir():
         raise FileNotFoundError(f"--data-dir {options.data_dir} is not a folder; leave it away for neutral sentences")
     for folder in _FOLDERS:
         if sentences := read_essays(Path(options.data_dir) / folder):
             return sentences
-    _tell_missing(Path(options.data_dir))
+    _tell_missing(f"no essays (*.txt) under {options.data_dir}")
     return None
 
 
 @cache
-def _tell_missing(folder: Path) -> None:
+def _tell_missing(why: str) -> None:
     """Say it once, not for every record."""
-    _log.warning("no essays (*.txt) under %s: the haystack is written from neutral sentences", folder)
+    _log.warning("%s: haystacks are written from neutral sentences", why)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from kvzip.data.extras import import_extra
 from kvzip.data.registry import Options
 
 T = TypeVar("T")
+
+
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Row:
             return str(value)
         if not isinstance(value, str):
             raise ValueError(f"{self.where}: {what} must be a text, not {_shown(value)}")
+        if not value.isascii() and _HALVES.search(value):
+            raise ValueError(f"{self.where}: {what} is no valid Unicode: it has half of a surrogate pair")
         return value
 
 

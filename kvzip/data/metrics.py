@@ -180,11 +180,15 @@ def first_number(prediction: str, references: Sequence[str]) -> float:
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return a worked answer's result: the number behind the last "####" or "answer is", else the last number."""
+    """Return a worked answer's result: the number behind the last "####" or "answer is", else the last number.
+
+    Of a calculation in that line, "3 + 15 = 18", it is what stands behind the last equals sign.
+    """
     for mark in ("####", "answer is", "answer:"):
         _, found, rest = text.casefold().rpartition(mark)
         if found and (after := numbers(rest)):
-            return after[0]
+            line = next(line for line in rest.splitlines() if numbers(line))
+            return next(iter(numbers(line.rpartition("=")[2])), after[0])
     return next(reversed(numbers(text)), None)
 
 

@@ -15,6 +15,8 @@ from kvzip.evaluation.shards import Shard
 
 # Settings in which sweeps in one report may differ: they say what is compared, not how.
 AXES = ("data", "scorers", "levels", "ratios", "bits", "head_scores")
+# Those that say which contexts were asked and how: sweeps of other datasets may have others.
+OF_DATA = ("num", "start", "seed", "data_dir", "max_context", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,11 @@ def merge(paths: Iterable[Path]) -> Results:
     runs: list[dict[str, Any]] = []
     notes: list[str] = []
     seen: dict[Key, tuple[Line, Path]] = {}
-    for folder, files in _folders(paths).items():
-        states = {file: read_state(file.with_suffix(".json")) for file in files}
+    for folder, states in _sweeps(paths).items():
         own = _common(states)
         for other, before in settings.items():
-            name = difference(before, own, AXES)
+            apart = set(before["data"]).isdisjoint(own["data"])
+            name = difference(before, own, (*AXES, *OF_DATA) if apart else AXES)
             if name is not None:
                 raise ValueError(
                     f"{other} and {folder} cannot be compared: {name} is {before.get(name)!r} in one and "
@@ -61,7 +63,7 @@ def merge(paths: Iterable[Path]) -> Results:
                 )
         settings[str(folder)] = own
         lines = []
-        for file in files:
+        for file in states:
             for line in _whole(file, notes):
                 _add(seen, line, file)
                 lines.append(line)
@@ -74,6 +76,22 @@ def merge(paths: Iterable[Path]) -> Results:
     if not seen:
         raise ValueError("; ".join([f"nothing was computed yet in {', '.join(settings)}", *notes]))
     return Results([seen[key][0] for key in sorted(seen)], settings, runs, notes)
+
+
+def _sweeps(paths: Iterable[Path]) -> dict[Path, dict[Path, dict[str, Any]]]:
+    """Files and their states by folder; of shards of one sweep that lie in several folders, by the first."""
+    sweeps: dict[Path, dict[Path, dict[str, Any]]] = {}
+    for folder, files in _folders(paths).items():
+        states = {file: read_state(file.with_suffix(".json")) for file in files}
+        names = {file.stem for file in files}
+        for there in sweeps.values():
+            same = {Shard.named(name).count for name in names} == {Shard.named(file.stem).count for file in there}
+            if same and names.isdisjoint(file.stem for file in there) and _common(there) == _common(states):
+                there |= states
+                break
+        else:
+            sweeps[folder] = states
+    return sweeps
 
 
 def _folders(paths: Iterable[Path]) -> dict[Path, list[Path]]:
@@ -133,7 +151,8 @@ def _add(seen: dict[Key, tuple[Line, Path]], line: Line, file: Path) -> None:
     for name in differing:
         found = f"{name} is {getattr(before, name)!r} and {getattr(line, name)!r}"
         raise ValueError(f"{files} contradict each other about {key}: {found}")
-    raise ValueError(f"{files} have the same line twice: {key}")
+    if file.parent == where.parent:
+        raise ValueError(f"{files} have the same line twice: {key}")
 
 
 def _missing(

@@ -105,6 +105,16 @@ def test_gsm8k_compares_the_result_as_a_number(prediction: str, right: float) ->
     assert metrics.gsm8k_number(prediction, ["18"]) == right
 
 
+@pytest.mark.parametrize(
+    "prediction",
+    ["The answer is 3 + 15 = 18.", "So the answer is 2*9 = 18 dollars", "Answer: 9 x 2 = 18", "#### 9 * 2 = 18"],
+)
+def test_gsm8k_takes_what_a_calculation_gives(prediction: str) -> None:
+    assert metrics.gsm8k_number(prediction, ["18"]) == 1.0
+    assert metrics.gsm8k_number(prediction, ["9"]) == metrics.gsm8k_number(prediction, ["3"]) == 0.0
+    assert metrics.gsm8k_number(f"{prediction}\nIt was 4 = 2 + 2.", ["18"]) == 1.0
+
+
 def test_gsm8k_reads_commas_and_worked_references() -> None:
     assert metrics.gsm8k_number("It costs 70,000 dollars", ["He paid 5 #### 70000"]) == 1.0
     assert metrics.gsm8k_number("It costs 70 dollars", ["70,000"]) == 0.0

@@ -139,6 +139,35 @@ def test_lines_that_are_there_twice_are_refused(tmp_path):
         merge([tmp_path])
 
 
+def test_shards_in_folders_of_their_own_are_one_sweep(tmp_path):
+    made.write(tmp_path / "a", made.all_lines([0]), Shard(0, 2))
+    made.write(tmp_path / "b", made.all_lines([1]), Shard(1, 2))
+    results = merge([tmp_path / "a", tmp_path / "b"])
+    assert results.notes == []
+    assert len(results.lines) == len(made.all_lines())
+    assert merge([tmp_path / "a"]).notes[0] == f"{tmp_path / 'a'}: shard 1 of 2 is missing"
+
+
+def test_other_datasets_may_have_been_asked_otherwise(tmp_path):
+    made.write(tmp_path / "a", made.all_lines())
+    renamed = [dataclasses.replace(one, dataset="squad") for one in made.all_lines()]
+    other = {"data": {"squad": 2}, "data_dir": "data", "max_context": 9_000}
+    made.write(tmp_path / "b", renamed, settings=other)
+    results = merge([tmp_path / "a", tmp_path / "b"])
+    assert {line.dataset for line in results.lines} == {"facts", "squad"}
+    assert results.notes == []
+    made.write(tmp_path / "c", made.all_lines(scorer="knorm"), settings={"max_context": 9_000})
+    with pytest.raises(ValueError, match="cannot be compared: max_context"):
+        merge([tmp_path / "a", tmp_path / "c"])
+
+
+def test_what_two_sweeps_agree_on_counts_once(tmp_path):
+    """The full cache, which a second sweep of the same scorer asks again."""
+    made.write(tmp_path / "a", made.all_lines())
+    made.write(tmp_path / "b", [one for one in made.all_lines() if one.ratio == 1], settings={"ratios": [1.0]})
+    assert len(merge([tmp_path / "a", tmp_path / "b"]).lines) == len(made.all_lines())
+
+
 def test_lines_that_contradict_are_refused(tmp_path):
     made.write(tmp_path, made.all_lines(), Shard(0, 2))
     made.write(tmp_path, [made.line(1, 1, 1.0, prediction="Lima")], Shard(1, 2))

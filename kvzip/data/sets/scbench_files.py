@@ -34,7 +34,7 @@ def _listed(row: Row, number: int) -> list[str]:
 
 def _option(row: Row, number: int) -> list[str]:
     """Return letter and text of the right option, which is told by one or the other."""
-    options = dict(_OPTION.findall(row["prompts"][number + 1]))
+    options = dict(_OPTION.findall(row.texts("prompts")[number + 1]))
     for answer in _plain(row, number):
         letter = answer.strip().strip("().")
         for name, text in options.items():
@@ -45,8 +45,12 @@ def _option(row: Row, number: int) -> list[str]:
 
 def _function(row: Row, number: int) -> list[str]:
     """Return the function asked for, then those of the other questions; where a question asks for a value, that."""
-    if "task" in row and "repoqa" not in row["task"][number]:
-        return _plain(row, number)
+    if "task" in row:
+        kinds = row.texts("task")
+        if len(kinds) <= number:
+            raise ValueError(f"{row.where}: field 'task' has {len(kinds)} entries, none for question {number + 1}")
+        if "repoqa" not in kinds[number]:
+            return _plain(row, number)
     asked = [_plain(row, other)[0] for other in range(len(row["ground_truth"])) if other != number]
     return [*_plain(row, number), *(one for one in asked if not _UUID.fullmatch(one))]
 
