@@ -8,12 +8,34 @@ import pytest
 import demo
 from kvzip import ModelKVzip
 from kvzip.evaluation.asking import Answers
+from kvzip.viz import shaded_html
 
 
 def run(*arguments, capsys):
     """Run the demo in this process; return what it printed."""
     demo.run(demo.parse_args(list(arguments)))
     return capsys.readouterr().out
+
+
+def test_the_page_shows_letters_of_several_bytes(tmp_path):
+    """A character whose bytes are tokens of their own is one span, with the mean of what was kept of them."""
+    model, text = ModelKVzip(), "Café Zürich, 東京: 12 €."
+    kv = model.prefill(text, scorer="random")
+    kv.prune(0.5)
+    shaded_html(kv, tmp_path / "kept.html", model.decode)
+    page = (tmp_path / "kept.html").read_text()
+    shown = re.findall(r"<span[^>]*>([^<]*)</span>", page)
+    assert "".join(shown) == text
+    assert len(shown) < kv.context_length
+
+
+def test_head_scores_of_another_file(tmp_path, capsys):
+    model = ModelKVzip()
+    model.compute_head_scores(["The red box holds 4417."]).save(tmp_path / "mine.json")
+    out = run("-m", "kvzip_head", "--head-scores", str(tmp_path / "mine.json"), "--out", str(tmp_path), capsys=capsys)
+    assert "level 'head'" in out
+    assert demo.main(["-m", "kvzip_head", "--head-scores", "nowhere.json"]) == 2
+    assert "nowhere.json" in capsys.readouterr().err
 
 
 def test_defaults_answer_from_the_pruned_cache_and_draw_pictures(tmp_path, capsys):

@@ -183,6 +183,8 @@ def test_to_and_back_is_the_same_kv(name, kv_type):
         assert torch.equal(logits(moved, name), before)
     with pytest.raises(ValueError, match="2 devices for 4 layers"):
         kv.to(["cpu", "cpu"])
+    with pytest.raises(ValueError, match=r"device 'gpu' cannot be used.*torch sees cpu"):
+        kv.to("gpu")
 
 
 @both

@@ -1,6 +1,7 @@
 """The bundled model: small, complete, answers held-out questions, and shows what pruning does."""
 
 import pytest
+import torch
 
 from kvzip import ModelKVzip, data, head_scores
 from kvzip.model.loading import bundled_path
@@ -38,6 +39,8 @@ def test_head_scores_are_shipped_and_belong_to_these_weights(model):
     scores = head_scores.load("bundled")
     assert scores.model_id == model.model_id["weights"]
     kv = model.prefill("The red box holds 4417. " * 10, load_score=True)
+    again = ModelKVzip.from_model(model.model, model.tokenizer).prefill("Some text.", load_score=True)
+    assert torch.equal(again.head_scores, kv.head_scores)
     assert kv.level == "head"
     kv.prune(0.5)
     assert set(kv.kv_len_per_head.flatten().tolist()) == {kv.prefix_length, kv.sealed_length}

@@ -166,6 +166,10 @@ def test_stop_strings_need_no_tokenizer_argument():
     script = model.encode("one STOP two")
     answer = model.generate(QUESTION, kv, stop_strings="STOP", max_new_tokens=12, **say(*script))
     assert answer == "one STOP"
+    config = GenerationConfig(stop_strings="STOP", max_new_tokens=12, do_sample=False)
+    before = config.to_dict()
+    assert model.generate(QUESTION, kv, generation_config=config, **say(*script)) == "one STOP"
+    assert config.to_dict() == before
 
 
 def test_only_a_real_end_of_sequence_is_dropped():
@@ -295,6 +299,39 @@ def test_a_kv_of_another_model_or_something_else_is_refused():
 
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 SAME_SHAPES = [("llama", HEADS), ("llama", {"rms_norm_eps": 0.5}), ("gemma2", {"attn_logit_softcapping": 1.0})]
+
+
+def test_saved_buffers_are_part_of_a_model():
+    """Quantised weights are buffers."""
+    one, other = build("llama"), build("llama")
+    for model, value in ((one, 1.0), (other, 2.0)):
+        model.model.register_buffer("codes", torch.full((3,), value))
+        model.model.register_buffer("cache", torch.full((3,), value), persistent=False)
+    assert ModelKVzip.from_model(one, None).model_id != ModelKVzip.from_model(other, None).model_id
+    other.model.codes.fill_(1.0)
+    assert ModelKVzip.from_model(one, None).model_id == ModelKVzip.from_model(other, None).model_id
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prefix_ids": [1.5]}, "prefix must be .*1.5"),
+        ({"prefix_ids": "ab"}, "prefix must be .*'a'"),
+        ({"kv_type": ""}, "unknown kv_type ''"),
+        ({"prefill_chunk_size": 2.5}, "prefill_chunk_size must be at least 1 token, got 2.5"),
+        ({"scorer": "kvzip(chunk_size=1.5)"}, "chunk_size must be at least 1 token, got 1.5"),
+    ],
+)
+def test_what_is_no_number_of_tokens_and_no_id_is_refused_by_name(options, words):
+    with pytest.raises(ValueError, match=words):
+        model_of().prefill(ids(20), **options)
+
+
+def test_max_length_is_held_against_the_positions():
+    model = ModelKVzip.from_model(build("gpt2", max_position_embeddings=64), None)
+    kv = model.prefill(ids(20), scorer=None)
+    with pytest.raises(ValueError, match=r"max_new_tokens=.*positions"):
+        model.generate(ids(5), kv, max_length=200)
 
 
 @pytest.mark.parametrize(("name", "changes"), SAME_SHAPES, ids=str)
