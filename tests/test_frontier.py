@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from tools.frontier import AUTO_BITS, RATIOS, TASKS, correlation, draw, table
+from tools.frontier import AUTO_BITS, NEEDLES, RATIOS, TASKS, correlation, draw, table
 
 
 def rows():
@@ -41,6 +41,12 @@ def test_the_table_has_every_curve_and_what_auto_chose():
     lines = table(rows())
     assert "| kvzip, 4 bits | 90.0 (25.0 %) | 90.0 (12.5 %) |" in "\n".join(lines)
     assert "| 16 bits | kv | 90.0 | 90.0 | 0.25 | 0.2 | 2.0 |" in lines
+    needles = [row | {"task": NEEDLES[0], "score": row["score"] / 2} for row in rows() if row["task"] == "kv"]
+    with_needles = table(rows() + needles)
+    assert "| 16 bits | niah_single_1 | 45.0 | 45.0 | 0.25 | 0.2 | 2.0 |" in with_needles
+    assert [line for line in with_needles if line.startswith("| kvzip")] == [
+        line for line in lines if line.startswith("| kvzip")
+    ], "needles say what auto chooses and no more"
 
 
 def test_correlation_is_of_scores_over_the_full_caches():

@@ -76,7 +76,7 @@ def table(rows: list[Row]) -> list[str]:
         "|---" * 7 + "|",
     ]
     for bits in AUTO_BITS:
-        for task in (*TASKS, *NEEDLES):
+        for task in dict.fromkeys(row["task"] for row in full):
             chosen = [row for row in cells[f"auto, {bits} bits", "auto"] if row["task"] == task]
             score = mean([row for row in full if row["task"] == task], "score")
             own = {

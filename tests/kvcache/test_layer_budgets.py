@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvzip.kvcache.levels.kvcompose import KVCompose
-from kvzip.kvcache.levels.pyramid import Pyramid
+from kvzip.kvcache.levels.pyramid import Pyramid, within
 from kvzip.kvcache.selection import num_kept, select, top_k_mask
 
 
@@ -40,12 +40,25 @@ def test_without_room_for_a_pyramid_all_layers_get_the_same(ratio, layers, windo
     )
 
 
-def test_pyramid_says_which_layer_has_too_little_left():
+def test_what_a_layer_of_the_pyramid_no_longer_has_goes_to_the_others():
     """A pyramid's first layer needs more than an even share of a larger ratio had left."""
-    scores = torch.rand(4, 2, 500)
+    scores, pyramid = torch.rand(4, 2, 500), Pyramid(window_size=5)
     left = select(scores, 0.4, "pair-uniform").keep
-    with pytest.raises(ValueError, match=r"of every head of layer 0.*left"):
-        select(scores, 0.3, Pyramid(window_size=5), available=left)
+    wanted = pyramid.budgets(0.3, 4, 500)
+    assert wanted[0] > 200
+    keep = select(scores, 0.3, pyramid, available=left).keep
+    assert not bool((keep & ~left).any())
+    counts = keep.sum(-1)
+    assert counts[:, 0].tolist() == counts[:, 1].tolist() == within(wanted, [200] * 4)
+    assert int(counts[:, 0].sum()) == sum(wanted)
+    with pytest.raises(ValueError, match=r"of every head of layer 0.*only 200 are left"):
+        select(scores, 0.5, pyramid, available=left)
+
+
+def test_room_of_the_first_layers_is_used_first():
+    assert within([9, 6, 3, 1], [7, 7, 7, 7]) == [7, 7, 4, 1]
+    assert within([9, 6, 3, 1], [9, 9, 9, 9]) == [9, 6, 3, 1]
+    assert within([9, 6], [5, 5]) == [10, 5]
 
 
 def naive_counts(scores, ratio, agg, floor):

@@ -155,7 +155,7 @@ def test_bad_ratio_is_named(ratio, level):
 
 
 @pytest.mark.parametrize(
-    ("level", "nearest"), [("pair_uniform", "pair-uniform"), ("heads", "head"), ("zzz", None), (None, None), (3, None)]
+    ("level", "nearest"), [("pair-uniforn", "pair-uniform"), ("heads", "head"), ("zzz", None), (None, None), (3, None)]
 )
 def test_unknown_level_names_the_choices(level, nearest):
     with pytest.raises(ValueError, match="unknown level") as error:
