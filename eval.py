@@ -153,15 +153,12 @@ def device(wanted: str | None, shard: Shard) -> str | None:
     """The device of this process: the one that is wanted, else its own GPU where there are several, else None."""
     import torch
 
+    from kvzip.devices import check_device
+
     gpus = torch.cuda.device_count()
     if wanted is None:
         return f"cuda:{shard.local_index % gpus}" if gpus > 1 and shard.local_index is not None else None
-    try:
-        found = torch.device(wanted)
-    except RuntimeError:
-        raise ValueError(f"--device {wanted!r} is not a device; expected such as cpu, cuda or cuda:1") from None
-    if found.type == "cuda" and (found.index or 0) >= gpus:
-        raise ValueError(f"--device {wanted} is not there: torch can use {gpus} GPUs on this machine")
+    check_device(wanted)
     return wanted
 
 

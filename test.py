@@ -190,16 +190,12 @@ def find_devices(args: argparse.Namespace) -> list[torch.device]:
     """
     import torch
 
+    from kvzip.devices import check_device
+
     gpus = torch.cuda.device_count()
     if args.device_map:
         return [torch.device("cuda", index) for index in range(gpus)]
-    try:
-        device = torch.device(args.device or ("cuda:0" if gpus else "cpu"))
-    except RuntimeError:
-        raise ValueError(f"--device {args.device!r} is not a device; expected such as cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise ValueError(f"--device {args.device} is not there: this machine has {gpus} GPUs that torch can use")
-    return [device]
+    return [check_device(args.device or ("cuda:0" if gpus else "cpu"))]
 
 
 def head_scores_path(args: argparse.Namespace) -> str | None:
