@@ -85,7 +85,7 @@ def train_step(model: LlamaForCausalLM, samples: list[Sample], device: torch.dev
     """Run forward and backward on one batch; logits are made at supervised positions only.
 
     Returns:
-        per task [right, all], counting whole answers to questions, and tokens of repeats and lists.
+        per task [right, all], counting whole answers to questions, and tokens of repeats.
     """
     ids, positions, targets, weights = (tensor.to(device) for tensor in pack(samples))
     supervised = targets != IGNORE
@@ -101,7 +101,7 @@ def train_step(model: LlamaForCausalLM, samples: list[Sample], device: torch.dev
     for sample in samples:
         asked = [label for label in sample.labels[1:] if label != IGNORE]
         parts = [next(right) for _ in asked]
-        if sample.task in QA_TASKS and sample.task not in LISTS:
+        if sample.task in QA_TASKS:
             parts = whole_answers(asked, parts, asked[-1])
         entry = found.setdefault(sample.task, [0.0, 0.0])
         entry[0] += sum(parts)

@@ -1,5 +1,6 @@
 """What the bundled model learns from: samples of a given length whose answers stand in their contexts."""
 
+import itertools
 import random
 import re
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import kvzip.model
-from tools.bundled.evaluate import answer
+from kvzip.data.sets.niah import listed
+from tools.bundled.evaluate import VALUE, answer
 from tools.bundled.recipe import STAGES, batch
 from tools.bundled.samples import IGNORE, LISTS, QA_TASKS, ROOM, Sampler
 
@@ -48,8 +50,30 @@ def test_answers_stand_in_the_context_and_samples_are_of_the_length(task, split,
 def test_lists_have_the_benchmarks_number_of_values(task, tokenizer):
     sampler = Sampler(tokenizer, [], "test")
     _, text = parts(sampler.questions(random.Random(1), task, 1000, 1), tokenizer)
-    values = [value for value in re.findall(r"\w+", text) if value != "and"]
-    assert len(values) == (5 if task == "ruler_vt" else 4)
+    assert len(VALUE.findall(text)) == (5 if task == "ruler_vt" else 4)
+
+
+@pytest.mark.parametrize("task", LISTS)
+def test_each_value_of_a_list_says_where_the_next_one_is(task, tokenizer):
+    sampler, rng = Sampler(tokenizer, []), random.Random(2)
+    several = 0
+    for _ in range(12):
+        sample = sampler.questions(rng, task, 2000, 1)
+        several += sum(label == tokenizer.eos_token_id for label in sample.labels) > 1
+        before, text = parts(sample, tokenizer)
+        values = VALUE.findall(text)
+        if task == "niah_multiquery":
+            asked = before.rsplit("special magic numbers for ", 1)[1].removesuffix(
+                " mentioned in the provided text are"
+            )
+            keys = re.split(r", and |, ", asked)
+            assert text == f" {listed([f'{key} is: {value}' for key, value in zip(keys, values, strict=True)])}"
+            assert all(f"for {key} is: {value}." in before for key, value in zip(keys, values, strict=True))
+        elif task == "niah_multivalue":
+            assert values == sorted(values, key=before.index)
+        else:
+            assert all(f"VAR {b} = VAR {a} " in before for a, b in itertools.pairwise(values))
+    assert bool(several) == (task != "ruler_vt")
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)

@@ -12,6 +12,8 @@ from transformers import LlamaForCausalLM
 from kvzip.data import score
 from tools.bundled.samples import IGNORE, LISTS, OWN_TASKS, QA_TASKS, RULER_ROOM, Sample, Sampler
 
+VALUE = re.compile(r"\b(?:\d{7}|[A-Z]{5})\b")  # of the lists: RULER's numbers and variables
+
 
 def pack(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Put samples behind each other in one row.
@@ -62,8 +64,7 @@ def answer(model: LlamaForCausalLM, sampler: Sampler, sample: Sample) -> float:
     output = model.generate(ids, do_sample=False, max_new_tokens=len(gold) + 4)  # type: ignore[misc]
     text = str(sampler.tokenizer.decode(output[0, start:], skip_special_tokens=True))
     expected = str(sampler.tokenizer.decode(gold))
-    listed = [value for value in re.findall(r"\w+", expected) if value != "and"]
-    return score(sample.task, text, listed if sample.task in LISTS else [expected])
+    return score(sample.task, text, VALUE.findall(expected) if sample.task in LISTS else [expected])
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig
 
-from tools.bundled.samples import LISTS, QA_TASKS, ROOM, Sample, Sampler
+from tools.bundled.samples import QA_TASKS, ROOM, Sample, Sampler
 from tools.bundled.tokenizer import MAX_LENGTH, VOCAB_SIZE
 
 BETAS = (0.9, 0.98)
@@ -18,8 +18,7 @@ CLIP = 1.0
 WARMUP_STEPS = 50
 DECAY_FROM = 0.4  # share of the time after which the learning rate falls, to FLOOR of its peak
 FLOOR = 0.05
-SHARES = dict.fromkeys(LISTS, 0.1)  # weights of tasks whose accuracy says little: which value is next cannot be known
-FEWEST = 0.08  # weight of a task that is always right; the others are drawn by how often they are wrong
+FEWEST, MOST = 0.08, 0.3  # weights of tasks that are always right and hardly ever; between them, by how often wrong
 
 
 def model_config(pad: int, bos: int, eos: int) -> LlamaConfig:
@@ -89,7 +88,7 @@ def batch(sampler: Sampler, stage: Stage, rng: random.Random, accuracy: Mapping[
     low, high = stage.lengths
     length = rng.randint(low, high) if rng.random() < 0.35 else rng.randint((low + high) // 2, high)
     tasks = [task for task in QA_TASKS if length >= ROOM[task]]
-    weights = [SHARES.get(task, FEWEST + 1.0 - accuracy.get(task, 0.0)) for task in tasks]
+    weights = [min(MOST, FEWEST + 1.0 - accuracy.get(task, 0.0)) for task in tasks]
     samples = []
     for _ in range(max(1, round(stage.tokens / length))):
         kind = rng.random()

@@ -24,8 +24,9 @@ SMALLEST = 64  # tokens: any one fact, pair or needle fits
 SYSTEM_TEXTS = ("You are a helpful assistant.", "Answer briefly.", "You answer questions about a text.")
 COPY_WEIGHT = 0.25
 SHORT = 400  # characters: longer texts are not counted twice
+NEEDLE = re.compile(r"for (\S+) is: (\d+)\.")
 OWN_TASKS = ("facts", "kv", "passkey")
-LISTS = ("niah_multivalue", "niah_multiquery", "ruler_vt")  # several values an answer, in any order
+LISTS = ("niah_multivalue", "niah_multiquery", "ruler_vt")  # several values an answer
 RULER_TASKS = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2", *LISTS)
 QA_TASKS = (*OWN_TASKS, *RULER_TASKS)
 RULER_ROOM = 800  # tokens: all of RULER's prompts fit
@@ -93,7 +94,7 @@ class Sampler:
         asked = zip(record.questions, record.prefixes, record.answers, strict=True)
         for turn, (question, start, references) in enumerate(asked):
             query = (self._ids(USER) if turn else []) + self._ids("\n\n" + question) + self.suffix + self._ids(start)
-            text = answer_text(rng.sample(references, len(references)), task) if start else references[0]
+            text = answer_text(record, references) if start else references[0]
             answer = self._ids(text) + self.end
             if len(ids) + len(query) + len(answer) > length and turn:
                 break
@@ -102,21 +103,28 @@ class Sampler:
         return Sample(ids, labels, 1.0, task)
 
     def values(self, rng: random.Random, task: str, length: int) -> Record:
-        """Hide several values that one question asks for: as many as the benchmark, or fewer to learn from."""
-        fewer = self.split == "train" and (length < RULER_ROOM or rng.random() < 0.3)
+        """Hide several values that one question asks for: as many as the benchmark, or fewer to learn from.
+
+        To learn from, one context may have several such questions.
+        """
+        train = self.split == "train"
+        fewer = train and (length < RULER_ROOM or rng.random() < 0.3)
         more = length - ROOM[task]
-        options: dict[str, Any] = {"split": self.split, "tokens": length, "count_tokens": self.count}
+        options: dict[str, Any] = {"split": self.split, "count_tokens": self.count}
         if task == "ruler_vt":
             hops = rng.randint(1, min(4, 1 + more // 110)) if fewer else 4
-            return generate(task, rng.getrandbits(40), num_hops=hops, **options)
+            return generate(task, rng.getrandbits(40), tokens=length, num_hops=hops, **options)
         config = TASKS[task]
-        if fewer:
-            number = rng.randint(2, min(4, 2 + more // 50))
-            counts = ("keys", "queries") if config.values == 1 else ("values",)
-            config = replace(config, **dict.fromkeys(counts, number))
+        number = rng.randint(2, min(4, 2 + more // 50)) if fewer else 4
+        asked = rng.randint(1, max(1, min(6, more // (45 * number + 180)))) if train and rng.random() < 0.5 else 1
+        if config.values == 1:
+            config = replace(config, keys=number * asked, queries=number)
+        else:
+            config = replace(config, keys=asked, values=number)
+        essays = self.essay(rng, 0.5 if length >= RULER_ROOM and asked == 1 else 0.0)
         return generate(
-            task, rng.getrandbits(40), config=config, max_new_tokens=50,
-            essays=self.essay(rng, 0.5 if length >= RULER_ROOM else 0.0), **options,
+            task, rng.getrandbits(40), config=config, max_new_tokens=70, num_questions=asked,
+            tokens=length - 130 * (asked - 1), essays=essays, **options,
         )  # fmt: skip
 
     def essay(self, rng: random.Random, share: float) -> Sequence[str] | None:
@@ -200,9 +208,17 @@ class Sampler:
         return Sample(sequence, [IGNORE] * size + sequence[size:], COPY_WEIGHT, "random")
 
 
-def answer_text(values: Sequence[str], task: str) -> str:
-    """Write what follows an answer prefix."""
-    return " ".join(values) if task == "ruler_vt" else f" {listed(values)}"
+def answer_text(record: Record, values: Sequence[str]) -> str:
+    """Write what follows an answer prefix: values as they come in the text, or behind the keys that were asked for.
+
+    An order that can be known is what makes lists learnable: each value says where the next one is.
+    """
+    if record.task == "ruler_vt":
+        return " ".join(values)
+    key_of = {value: key for key, value in NEEDLE.findall(record.context)}
+    if record.task == "niah_multiquery":
+        return f" {listed([f'{key_of[value]} is: {value}' for value in values])}"
+    return f" {listed([value for value in key_of if value in values])}"
 
 
 def split_sentences(texts: Sequence[str], most: int = 400) -> list[str]:
