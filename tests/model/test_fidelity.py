@@ -8,6 +8,7 @@ import torch
 
 from kvzip import ModelKVzip, data
 from kvzip.model.fidelity import CHUNK, chosen_passes
+from kvzip.scoring.methods.restorekv import RestoreKV
 from tests.tiny import build, ids
 
 
@@ -163,6 +164,15 @@ def test_what_was_evicted_is_read_again_to_compare_with():
     assert (found.full_accuracy, found.full_recovered) == (whole.accuracy, pytest.approx(whole.recovered))
     assert found.relative == pytest.approx(found.recovered / whole.recovered)
     assert kv.fidelity(compare=False).full_accuracy is None
+
+
+def test_learned_tokens_are_not_compared_with_a_context_that_lacks_them():
+    learned = {"restore_embeddings": 0.1 * torch.randn(3, 384, generator=torch.Generator().manual_seed(0))}
+    kv = model().prefill(record().context, scorer=RestoreKV(weights=learned))
+    kv.prune(0.5)
+    found = kv.fidelity()
+    assert found.full_accuracy is None and found.relative is None
+    assert 0.0 < found.recovered <= 1.0
 
 
 def test_bits_are_found_too():
