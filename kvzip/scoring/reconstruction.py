@@ -7,6 +7,7 @@ of queries and the chunk's keys is reduced to its column maxima.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,10 @@ def fitting_inputs(
                     f"no positions left to repeat a context of {len(context_ids)} tokens: the model has {room} behind "
                     "it; shorten the context or use a scorer without a second pass"
                 )
-            logger.warning("chunks of %d tokens instead of %d: %d positions are left", fitting, chunk_size, room)
+            logger.warning(
+                "chunks of %d tokens instead of %d, so %d passes: %d positions are left behind the context",
+                fitting, chunk_size, math.ceil(len(context_ids) / fitting), room,
+            )  # fmt: skip
             chunk_size = fitting
     return reconstruction_inputs(context_ids, chunk_size, prompts)
 
