@@ -7,10 +7,8 @@ import shutil
 import pytest
 
 from kvzip import ModelKVzip, data
-from kvzip.data import registry
 from kvzip.evaluation.lines import Cell, read_lines
 from kvzip.evaluation.merge import merge
-from kvzip.evaluation.samples import Source
 from kvzip.evaluation.shards import Shard
 from kvzip.evaluation.sweep import HEAD_SCORES, Sweep, run
 from kvzip.scoring import get_scorer
@@ -298,84 +296,6 @@ def test_where_no_scorer_can_score_the_error_names_the_sample(model, tmp_path, m
     sweep = Sweep("facts:300", ("kvcompose",), ratios=(0.5,), num=2)
     with pytest.raises(ValueError, match="facts:300, sample 0: kvcompose reads the context twice"):
         run(model, sweep, tmp_path, quiet=True)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"data": "factz"}, "did you mean 'facts'"),
-        ({"scorers": ("kvzop",)}, "did you mean 'kvzip'"),
-        ({"levels": ("pairs",)}, "did you mean 'pair"),
-        ({"ratios": (0.5, 1.5)}, "got 1.5"),
-        ({"ratios": (0.5, 0.5)}, "twice: 0.5, 0.5"),
-        ({"ratios": ()}, "at least one scorer, one ratio and one of bits"),
-        ({"scorers": ()}, "at least one scorer, one ratio and one of bits"),
-        ({"bits": ()}, "at least one scorer, one ratio and one of bits"),
-        ({"bits": (16, 3)}, r"bits must be one of \(16, 8, 4\), .* got 3"),
-        ({"bits": (8, 8)}, "bits has something twice: 8, 8"),
-        ({"scorers": ("random", "random")}, "twice: random"),
-        ({"num": 0}, "num must be at least 1, got 0"),
-        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
-        ({"start": -1}, "start must be 0 or more, got -1"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_computed(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Sweep(**{"data": "facts", **settings})
-
-
-# -- samples ---------------------------------------------------------------------------------------------------------
-
-
-def dataset_of(monkeypatch, size, *, generated):
-    """Register a dataset of `size` records, which notes the indices that are loaded."""
-    loaded = []
-
-    def load(options):
-        stop = size if options.num is None else min(size, options.start + options.num)
-        for index in range(options.start, stop):
-            loaded.append(index)
-            yield data.Record(f"context {index}", ["q"], [["a"]], 4, "made up")
-
-    made = data.Dataset("madeup", "", load, lambda *_: 0.0, (lambda seed: None) if generated else None)
-    registry.names()
-    monkeypatch.setitem(registry._DATASETS, "madeup", made)
-    return loaded
-
-
-@pytest.mark.parametrize("generated", [True, False])
-@pytest.mark.parametrize(("num", "start", "expected"), [(5, 0, 5), (100, 0, 33), (None, 30, 3), (3, 31, 2)])
-def test_a_dataset_may_have_fewer_samples_than_wanted(num, start, expected, generated, monkeypatch):
-    dataset_of(monkeypatch, 33, generated=generated)
-    samples = Source("madeup", None, num, start, {}).samples()
-    assert [sample.index for sample in samples] == list(range(start, start + expected))
-    assert [sample.record().context for sample in samples] == [f"context {sample.index}" for sample in samples]
-
-
-def test_a_dataset_without_a_sample_is_refused(monkeypatch):
-    dataset_of(monkeypatch, 3, generated=False)
-    with pytest.raises(ValueError, match="'madeup' has no context from index 3 on"):
-        Source("madeup", None, 5, 3, {}).check()
-
-
-def test_an_empty_context_is_told_with_its_index(monkeypatch):
-    records = [data.Record(text, ["q"], [["a"]], 4, "made up") for text in ("context", " \n")]
-    made = data.Dataset("madeup", "", lambda options: iter(records[options.start :]), lambda *_: 0.0)
-    registry.names()
-    monkeypatch.setitem(registry._DATASETS, "madeup", made)
-    with pytest.raises(ValueError, match="madeup, sample 1: its context is empty"):
-        Source("madeup", None, None, 0, {}).samples()
-
-
-def test_generated_samples_of_other_shards_are_not_made(monkeypatch):
-    loaded = dataset_of(monkeypatch, 1000, generated=True)
-    samples = Source("madeup", None, 100, 0, {}).samples()
-    assert loaded == [99]
-    assert [sample.record().context for sample in samples if Shard(0, 50).takes(sample.position)] == [
-        "context 0",
-        "context 50",
-    ]
-    assert loaded == [99, 0, 50]
 
 
 def test_settings_are_beside_the_results(whole):
