@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from kvzip import KVCache, ModelKVzip, data
 from kvzip.data import Record
+from kvzip.evaluation import asking
 
 TASKS = ("facts", "kv", "passkey")
 NEEDLES = (
@@ -54,13 +55,12 @@ def exams(
 
 
 def scores(model: ModelKVzip, kv: KVCache, record: Record) -> list[float]:
-    """Of the answer to every question, 1.0 where it is exact."""
-    answers = model.generate(record.questions, kv, max_new_tokens=record.max_new_tokens)
-    return [data.score(record.task, *pair) for pair in zip(answers, record.answers, strict=True)]
+    """Of the answer to every question, 1.0 where it is exact; of lists the share of values found."""
+    return [data.score(record.task, *pair) for pair in zip(asking.ask(model, kv, record), record.answers, strict=True)]
 
 
 def right(model: ModelKVzip, kv: KVCache, record: Record) -> float:
-    """Share of exact answers."""
+    """Mean of `scores`."""
     return statistics.mean(scores(model, kv, record))
 
 
