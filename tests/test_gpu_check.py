@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvzip.attention import BACKENDS
+from kvzip.attention import BACKENDS, RaggedKV
+from tests.attention.problems import missing
 from tools import gpu_check
+from tools.gpu_cases import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,7 +22,7 @@ def test_quick_cases_have_every_value():
     assert {groups for _, _, groups, _, _ in quick} == set(gpu_check.GROUPS)
     assert {head_dim for *_, head_dim, _ in quick} == set(gpu_check.HEAD_DIMS)
     assert {dtype for *_, dtype in quick} == set(gpu_check.DTYPES)
-    assert len(list(gpu_check.cases(quick=False))) == len(gpu_check.SHAPES) * 7 * 4 * 3
+    assert len(list(gpu_check.cases(quick=False))) == len(gpu_check.SHAPES) * 10 * 4 * 3
 
 
 @pytest.mark.parametrize("name", [name for name in gpu_check.SHAPES if name != "giant head"])
@@ -47,6 +49,42 @@ def test_a_wrong_backend_is_found_out(monkeypatch):
     found = gpu_check.check_attention("cpu", "reference", quick=True)
     assert not found["passed"]
     assert len(found["failures"]) == found["cases"]
+
+
+def test_a_kernel_that_loses_keys_is_found_out_in_every_precision(monkeypatch):
+    """Sixteen keys of many thousands: their weight is less than what 16 bits round, but the sums tell."""
+
+    def wrong(context, **arguments):
+        lengths = (context.lengths[0] - 16, *context.lengths[1:])
+        kept = torch.cat([torch.arange(lengths[0]), torch.arange(context.lengths[0], len(context.keys))])
+        return BACKENDS["reference"].attend(
+            context=RaggedKV(context.keys[kept], context.values[kept], lengths), **arguments
+        )
+
+    monkeypatch.setattr(gpu_check, "resolve_backend", lambda *_: type("Wrong", (), {"attend": staticmethod(wrong)}))
+    monkeypatch.setattr(gpu_check, "SHAPES", {"giant head": Shape((20_000, 3, 0, 64))})
+    monkeypatch.setattr(gpu_check, "GROUPS", (2,))
+    found = gpu_check.check_attention("cpu", "reference", quick=False)
+    assert found["failed"] == found["cases"] == 12
+
+
+@pytest.mark.skipif(bool(missing("cpu")), reason=missing("cpu"))
+@pytest.mark.parametrize("where", ["heads", "masked rows"])
+def test_a_kernel_that_lets_nan_through_is_found_out(where, monkeypatch):
+    def wrong(context, **arguments):
+        output, lse = BACKENDS["cpu"].attend(context=context, **arguments)
+        lost = context.values[: context.lengths[0]]
+        if where == "masked rows":
+            lost = context.values[:0] if context.mask is None else context.values[~context.mask.flatten()]
+        return output + 0 * lost.sum(), lse
+
+    backends = {"wrong": wrong, "cpu": BACKENDS["cpu"].attend}
+    monkeypatch.setattr(
+        gpu_check, "resolve_backend", lambda name, _: type("Any", (), {"attend": staticmethod(backends[name])})
+    )
+    monkeypatch.setattr(gpu_check, "HEAD_DIMS", (64,))
+    assert gpu_check.check_isolation("cpu", "cpu")["passed"]
+    assert not gpu_check.check_isolation("cpu", "wrong")["passed"]
 
 
 def test_a_step_that_fails_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):

@@ -43,6 +43,7 @@ SHAPES = {
     "giant head": Shape((100_000, 3, 0, 64)),
     "nothing kept": Shape((0, 0, 0, 0), past=5),
     "query": Shape((333, 64, 65, 0), past=70, q_len=33, softcap=30.0),
+    "long query": Shape((300, 0, 77, 1), past=3, q_len=128),
     "batch": Shape((513, 0, 77, 2048), past=9, q_len=3, batch=4, padding=2, sinks=True),
     "masked": Shape((700, 700, 700, 700), past=1, masked=True),
     "8 bits": Shape((1000, 0, 65, 4097), past=30, cursor=True, bits=8),
@@ -89,7 +90,11 @@ def problem(shape: Shape, groups: int, head_dim: int, dtype: torch.dtype, device
 
 
 def plain(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Attention by plain tensor operations in `dtype`: output (batch, q_len, num_heads, head_dim) and log-sum-exp."""
+    """Attention by plain tensor operations: output (batch, q_len, num_heads, head_dim) and log-sum-exp.
+
+    In 16 bits as PyTorch's fused attention has it: sums in float32, weights and output rounded.
+    """
+    rounded, dtype = dtype, torch.promote_types(dtype, torch.float32)
     query, context, tail = arguments["query"].to(dtype), arguments["context"], arguments["tail"]
     batch, num_heads, q_len, _ = query.shape
     groups = num_heads // len(context.lengths)
@@ -121,7 +126,7 @@ def plain(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor
             sink = arguments["sinks"][head].to(dtype).expand(q_len, 1)
             logits = torch.cat([logits, sink], dim=1)
             values = torch.cat([values, torch.zeros_like(values[:1])])
-        outputs.append(logits.softmax(-1) @ values)
+        outputs.append((logits.softmax(-1).to(rounded).to(dtype) @ values).to(rounded).to(dtype))
     output = torch.stack(outputs).view(batch, num_heads, q_len, -1).transpose(1, 2)
     return output, torch.stack(sums).view(batch, num_heads, q_len)
 

@@ -48,15 +48,16 @@ class Kernel:
 
     @property
     def uses_tensor_cores(self) -> bool:
-        return any(f"{kind}<" in self.name for kind in ("Math16", "Codes16", "ColumnMax16"))
+        return re.search(r"(Math16|Codes16|ColumnMax16)[<I]", self.name) is not None  # mangled or not
 
     def faults(self, disassembled: bool) -> list[str]:
         """What is wrong with it, in words."""
         found = [f"{self.spills} bytes of spills and stack"] if self.spills else []
         if self.instructions["local"]:
             found.append(f"{self.instructions['local']} local-memory instructions")
-        found += [f"no {name}" for name in ("HMMA", "LDGSTS.128") if disassembled and not self.instructions[name]]
-        return found if self.uses_tensor_cores else []
+        if disassembled and self.uses_tensor_cores:
+            found += [f"no {name}" for name in ("HMMA", "LDGSTS.128") if not self.instructions[name]]
+        return found
 
 
 def find_tool(name: str) -> str | None:

@@ -58,14 +58,22 @@ void check_schedule(const int64_t* cu_seqlens, const int64_t* cu_tiles, int64_t 
   STD_TORCH_CHECK(cu_seqlens[heads] == rows, "cu_seqlens must end with the rows of keys and values, ", rows);
 }
 
-const uint8_t* rows_mask(const std::optional<Tensor>& mask, const char* name, int64_t heads, int64_t rows,
-                         int64_t* stride) {
+const uint8_t* rows_mask(const std::optional<Tensor>& mask, const char* name, int64_t heads,
+                         const int64_t* cu_seqlens, int64_t* stride) {
   if (!mask) return nullptr;
-  STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->is_contiguous() &&
-                      mask->size(0) == heads && mask->size(0) * mask->size(1) == rows,
-                  name, " must be contiguous bool (num_kv_heads, kv_len), which needs equal lengths");
+  bool fits = mask->scalar_type() == ScalarType::Bool && mask->dim() == 2 && mask->is_contiguous() &&
+              mask->size(0) == heads;
+  for (int64_t head = 0; fits && head < heads; ++head) {
+    fits = cu_seqlens[head + 1] - cu_seqlens[head] == mask->size(1);
+  }
+  STD_TORCH_CHECK(fits, name, " must be contiguous bool (num_kv_heads, kv_len), which needs equal lengths");
   *stride = mask->size(1);
   return static_cast<const uint8_t*>(mask->const_data_ptr());
+}
+
+float softcap_of(const std::optional<double>& softcap) {
+  STD_TORCH_CHECK(!softcap || *softcap > 0, "softcap must be positive or None, got ", softcap.value_or(0.0));
+  return static_cast<float>(softcap.value_or(0.0));
 }
 
 template <class Function>
@@ -101,6 +109,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
   a.num_kv_heads = tail_keys.size(1);
   a.v_head_dim = tail_values.size(3);
   a.dtype = dtype_of(query, "query");
+  STD_TORCH_CHECK(a.batch > 0, "query has a batch of 0");
   STD_TORCH_CHECK(a.num_kv_heads > 0 && a.num_heads % a.num_kv_heads == 0, "query has ", a.num_heads,
                   " heads, which is no multiple of the ", a.num_kv_heads, " of tail_keys");
   if (tail_cursor) {
@@ -137,7 +146,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
     a.cu_seqlens = offsets(cu_seqlens, "cu_seqlens", a.num_kv_heads + 1);
     a.cu_tiles = offsets(cu_tiles, "cu_tiles", a.num_kv_heads + 1);
     check_schedule(a.cu_seqlens, a.cu_tiles, a.num_kv_heads, keys->size(0));
-    a.mask = rows_mask(mask, "mask", a.num_kv_heads, keys->size(0), &a.mask_stride);
+    a.mask = rows_mask(mask, "mask", a.num_kv_heads, a.cu_seqlens, &a.mask_stride);
   }
   if (bits != 0) {
     STD_TORCH_CHECK(bits == 8 || bits == 4, "bits must be 8 or 4, got ", bits);
@@ -160,7 +169,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
     q.key_scales =
         static_cast<const uint16_t*>(part(key_scales, "key_scales", ScalarType::Half, tiles * 2 * a.head_dim));
     q.value_scales = static_cast<const uint16_t*>(part(value_scales, "value_scales", ScalarType::Half, rows * 2));
-    q.mask = rows_mask(quantized_mask, "quantized_mask", a.num_kv_heads, rows, &q.mask_stride);
+    q.mask = rows_mask(quantized_mask, "quantized_mask", a.num_kv_heads, q.cu_seqlens, &q.mask_stride);
   }
   if (tail_skip) {
     STD_TORCH_CHECK(tail_skip->scalar_type() == ScalarType::Long && tail_skip->dim() == 2 &&
@@ -175,7 +184,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
     a.sinks = static_cast<const float*>(sinks->const_data_ptr());
   }
   a.scaling = static_cast<float>(scaling);
-  a.softcap = static_cast<float>(softcap.value_or(0.0));
+  a.softcap = softcap_of(softcap);
 
   Tensor out = torch::stable::new_empty(query, {a.batch, a.q_len, a.num_heads, a.v_head_dim});
   Tensor lse = torch::stable::new_empty(query, {a.batch, a.num_heads, a.q_len}, ScalarType::Float);
@@ -227,7 +236,7 @@ Tensor column_max(const Tensor& query, const Tensor& keys, const Tensor& lse, do
   }
   c.lse = static_cast<const float*>(lse.const_data_ptr());
   c.scaling = static_cast<float>(scaling);
-  c.softcap = static_cast<float>(softcap.value_or(0.0));
+  c.softcap = softcap_of(softcap);
   Tensor out = torch::stable::new_empty(query, {c.num_heads, c.kv_len}, ScalarType::Float);
   c.out = static_cast<float*>(out.mutable_data_ptr());
   const kvzip::Kernels& kernels = *kvzip::cpu_kernels();

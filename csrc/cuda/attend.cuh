@@ -49,8 +49,15 @@ struct Attend {
       const int64_t offset = (walk.first_row + position) * Math::kRowBytes;
       const int rows = walk.length - position;
       const char *keys = static_cast<const char*>(p.keys), *values = static_cast<const char*>(p.values);
-      copy_adjacent_rows<Math::kRowBytes, kWarpKeys>(to_keys, keys + offset, rows, lane);
-      copy_adjacent_rows<Math::kRowBytes, kWarpKeys>(to_values, values + offset, rows, lane);
+      if (p.context.mask == nullptr) {
+        copy_adjacent_rows<Math::kRowBytes, kWarpKeys>(to_keys, keys + offset, rows, lane);
+        copy_adjacent_rows<Math::kRowBytes, kWarpKeys>(to_values, values + offset, rows, lane);
+        return;
+      }
+      const uint8_t* mask = p.context.mask + walk.item * p.context.mask_length + position;
+      const unsigned shown = __ballot_sync(kFullWarp, lane < kWarpKeys && lane < rows && mask[lane] != 0);
+      copy_chosen_rows<Math::kRowBytes, kWarpKeys>(to_keys, keys + offset, shown, lane);
+      copy_chosen_rows<Math::kRowBytes, kWarpKeys>(to_values, values + offset, shown, lane);
       return;
     }
     const int pair = walk.item / p.tail_row_blocks;

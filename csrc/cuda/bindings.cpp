@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> attend(Tensor query, std::optional<Tensor> keys, std:
   p.groups = groups_of(query_heads, kv_heads);
   p.scaling = static_cast<float>(scaling), p.softcap = softcap_of(softcap);
 
-  if (!is_aligned(query)) query = torch::stable::contiguous(query);
+  query = aligned(query);
   p.query = query.data_ptr(), p.query_strides = strides_of(query);
 
   require(keys.has_value() == values.has_value() && keys.has_value() == cu_seqlens.has_value() &&
@@ -124,8 +124,8 @@ std::tuple<Tensor, Tensor> attend(Tensor query, std::optional<Tensor> keys, std:
     require_dtype("tail_cursor", *tail_cursor, ScalarType::Long, "int64");
     p.tail_cursor = static_cast<const int64_t*>(tail_cursor->data_ptr());
   } else {
-    require(0 <= tail_length && tail_length <= capacity, "tail_length is ", tail_length, "; the capacity is ",
-            capacity);
+    require(q_len <= tail_length && tail_length <= capacity, "tail_length is ", tail_length, "; expected from q_len ",
+            q_len, " to the capacity ", capacity);
   }
   if (tail_skip) p.tail_skip = integers("tail_skip", *tail_skip, query, {batch, 2});
   if (sinks) {
@@ -155,7 +155,7 @@ Tensor column_max(Tensor query, Tensor keys, Tensor lse, double scaling, std::op
   const int head_dim = head_dim_of(query);
   const int64_t query_heads = query.size(0), q_len = query.size(1), kv_heads = keys.size(0), kv_len = keys.size(1);
   require(query_heads <= 65535 && q_len <= kMaxInt && kv_len <= kMaxInt, "query or keys has too many rows");
-  if (!is_aligned(query)) query = torch::stable::contiguous(query);
+  query = aligned(query);
   require_shape("keys", keys, {kv_heads, kv_len, head_dim});
   require_rows("keys", keys, query);
   require_device("lse", lse, query);

@@ -108,6 +108,13 @@ inline bool is_aligned(const Tensor& tensor) {
   return true;
 }
 
+// The tensor, or a copy that can be read so: one that is contiguous may still begin at an odd address.
+inline Tensor aligned(const Tensor& tensor) {
+  if (is_aligned(tensor)) return tensor;
+  const Tensor dense = torch::stable::contiguous(tensor);
+  return is_aligned(dense) ? dense : torch::stable::clone(dense);
+}
+
 // Keys or values: the query's dtype and device, rows that can be read 16 bytes at a time.
 inline void require_rows(std::string_view name, const Tensor& tensor, const Tensor& query) {
   require_device(name, tensor, query);

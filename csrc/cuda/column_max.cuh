@@ -15,10 +15,11 @@ __device__ __forceinline__ float share_of(const ColumnMaxParams& p, float logit,
   return capped - lse;
 }
 
-// Floats of one sign are ordered as their bits are; `value` + 0 turns -0, which has no such place, into +0.
+// Floats of one sign are ordered as their bits are; `value` + 0 turns -0, which has no such place, into +0. The NaN of
+// max_or_nan is the largest int of all and less than every negative float's unsigned bits, so that it stays.
 __device__ __forceinline__ void atomic_max(float* at, float value) {
   value += 0.0f;
-  if (value >= 0.0f) {
+  if (!(value < 0.0f)) {
     atomicMax(reinterpret_cast<int*>(at), __float_as_int(value));
   } else {
     atomicMin(reinterpret_cast<unsigned*>(at), __float_as_uint(value));
@@ -109,8 +110,8 @@ struct ColumnMax16 {
           const float lse = row < p.q_len ? p.lse[static_cast<int64_t>(head) * p.q_len + row] : INFINITY;
 #pragma unroll
           for (int m = 0; m < kKeyBlocks; ++m) {
-            largest[m][0] = fmaxf(largest[m][0], share_of(p, c[m][e / 2][e % 2], lse));
-            largest[m][1] = fmaxf(largest[m][1], share_of(p, c[m][e / 2][2 + e % 2], lse));
+            largest[m][0] = max_or_nan(largest[m][0], share_of(p, c[m][e / 2][e % 2], lse));
+            largest[m][1] = max_or_nan(largest[m][1], share_of(p, c[m][e / 2][2 + e % 2], lse));
           }
         }
       }
@@ -121,8 +122,8 @@ struct ColumnMax16 {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float value = largest[m][half];
-        value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, 1));
-        value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, 2));
+        value = max_or_nan(value, __shfl_xor_sync(kFullWarp, value, 1));
+        value = max_or_nan(value, __shfl_xor_sync(kFullWarp, value, 2));
         const int key = first_key + m * 16 + half * 8 + lane / 4;
         if (lane % 4 == 0 && key < p.kv_len) atomic_max(p.output + static_cast<int64_t>(head) * p.kv_len + key, value);
       }
@@ -179,14 +180,14 @@ struct ColumnMax32 {
         const int row = first + 4 * x + n;
         const float lse = row < p.q_len ? p.lse[static_cast<int64_t>(head) * p.q_len + row] : INFINITY;
 #pragma unroll
-        for (int m = 0; m < 4; ++m) largest[m] = fmaxf(largest[m], share_of(p, c[m][n], lse));
+        for (int m = 0; m < 4; ++m) largest[m] = max_or_nan(largest[m], share_of(p, c[m][n], lse));
       }
     }
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
 #pragma unroll
       for (int distance = 1; distance < 16; distance *= 2) {
-        largest[m] = fmaxf(largest[m], __shfl_xor_sync(kFullWarp, largest[m], distance));
+        largest[m] = max_or_nan(largest[m], __shfl_xor_sync(kFullWarp, largest[m], distance));
       }
       const int key = first_key + 4 * y + m;
       if (x == 0 && key < p.kv_len) {

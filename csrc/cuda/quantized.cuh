@@ -65,7 +65,9 @@ struct AttendCodes {
       if (own < kScaleBytes) copy16_async(to + Stage::kKeyScales + own, scales + own, true);
     }
     const auto* pairs = static_cast<const char*>(q.value_scales) + row * 4;
-    copy4_async(to + Stage::kValueScales + lane * 4, pairs + lane * 4, lane < rows);
+    bool shown = lane < rows;
+    if (shown && q.rows.mask != nullptr) shown = q.rows.mask[walk.item * q.rows.mask_length + position + lane] != 0;
+    copy4_async(to + Stage::kValueScales + lane * 4, pairs + lane * 4, shown);
   }
 
   __device__ __forceinline__ Segment segment_of(const Steps& walk) const {

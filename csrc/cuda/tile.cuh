@@ -57,4 +57,17 @@ __device__ __forceinline__ void copy_adjacent_rows(uint32_t to, const char* from
   }
 }
 
+// The same of those rows whose bit is set in `present`.
+template <int kRowBytes, int kRows>
+__device__ __forceinline__ void copy_chosen_rows(uint32_t to, const char* from, unsigned present, int lane) {
+  constexpr int kChunks = kRowBytes / 16;
+  static_assert(kRows <= 32 && kRows * kChunks % 32 == 0, "a bit a row; every lane copies the same number of chunks");
+  from += lane * 16;
+#pragma unroll 8
+  for (int i = 0; i < kRows * kChunks / 32; ++i) {
+    const int row = (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
+    copy16_async(to + TileLayout<kRowBytes>::offset(row, chunk), from + i * 512, (present >> row & 1) != 0);
+  }
+}
+
 }  // namespace kvzip

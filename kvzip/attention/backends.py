@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,7 +102,15 @@ BACKENDS = {
             cuda.misfit,
             static=True,
         ),
-        Backend("flash", "the flash-attn package", flash.attend, flash.block, devices=("cuda",), load=flash.load),
+        Backend(
+            "flash",
+            "the flash-attn package",
+            flash.attend,
+            flash.block,
+            devices=("cuda",),
+            load=flash.load,
+            misfit=flash.misfit,
+        ),
     )
 }
 _AUTO = {("cpu",): ("cpu", "torch"), ("cuda",): ("cuda", "flash", "torch"), ("cpu", "cuda"): ("torch",)}
@@ -118,14 +126,14 @@ def check_backend(name: str) -> None:
 
 
 def resolve_backend(
-    name: str, devices: Iterable[torch.device], *, head_dim: int = 64, dtype: torch.dtype = torch.float32
+    name: str, devices: Iterable[torch.device], *, head_dims: Sequence[int] = (), dtype: torch.dtype = torch.float32
 ) -> Backend:
     """Return the backend called `name` for layers on `devices`, ready for use.
 
     Args:
         name: "reference" | "torch" | "cpu" | "cuda" | "flash", or "auto": the first that is available of cpu and torch
             on a CPU; of cuda, flash and torch on a GPU; else the reference. It is logged, and why a faster one is not.
-        head_dim, dtype: the model's.
+        head_dims, dtype: the model's.
 
     Raises:
         ValueError: unknown name, or a backend that does not compute on these devices or for such a model.
@@ -133,7 +141,7 @@ def resolve_backend(
     """
     kinds = tuple(sorted({device.type for device in devices}))
     if name == "auto":
-        backend = BACKENDS[_first_available(_AUTO.get(kinds, ()), head_dim, dtype)]
+        backend = BACKENDS[_first_available(_AUTO.get(kinds, ()), head_dims, dtype)]
         logger.info("attention backend: %s (%s), layers on %s", backend.name, backend.summary, ", ".join(kinds))
         return backend
     check_backend(name)
@@ -143,17 +151,20 @@ def resolve_backend(
             f"backend {name!r} computes on {' and '.join(backend.devices)}, but layers are on {', '.join(kinds)}; "
             "use 'auto' or 'reference'"
         )
-    reason = backend.misfit(head_dim, dtype)
-    if reason is not None:
+    if reason := _misfit(backend, head_dims, dtype):
         raise ValueError(f"backend {name!r} cannot serve this model: {reason}; use 'auto' or 'torch'")
     backend.load()
     return backend
 
 
-def _first_available(names: Iterable[str], head_dim: int, dtype: torch.dtype) -> str:
+def _misfit(backend: Backend, head_dims: Iterable[int], dtype: torch.dtype) -> str:
+    """Why the backend cannot serve a model, empty if it can."""
+    return next(filter(None, (backend.misfit(head_dim, dtype) for head_dim in head_dims)), "")
+
+
+def _first_available(names: Iterable[str], head_dims: Sequence[int], dtype: torch.dtype) -> str:
     for name in names:
-        reason = BACKENDS[name].misfit(head_dim, dtype)
-        if reason is not None:
+        if reason := _misfit(BACKENDS[name], head_dims, dtype):
             logger.warning("attention backend %s cannot serve this model: %s", name, reason)
             continue
         try:

@@ -187,8 +187,8 @@ def cuda_command(folder: Path) -> list[str]:
     """Arguments of nvcc, but for its output, that make one library for all of `cuda_architectures()`."""
     flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     for number in cuda_architectures():
-        newest = number == CUDA_ARCHITECTURES[-1]  # its PTX too, for GPUs to come
-        code = f"[sm_{number},compute_{number}]" if newest else f"sm_{number}"
+        outermost = number in (CUDA_ARCHITECTURES[0], CUDA_ARCHITECTURES[-1])  # PTX too: for GPUs between, and to come
+        code = f"[sm_{number},compute_{number}]" if outermost else f"sm_{number}"
         flags += ["-gencode", f"arch=compute_{number},code={code}"]
     inputs = sorted(str(path) for path in (folder / "cuda").iterdir() if path.suffix in (".cu", ".cpp"))
     return [*flags, f"-I{folder / 'include'}", *_torch_flags("-isystem"), *inputs, *_link_flags("-Xlinker=")]

@@ -10,6 +10,15 @@ from kvzip.attention.build import KernelsUnavailable
 from kvzip.attention.combine import attend_blocks, attend_ragged
 from kvzip.attention.ragged import RaggedKV, TailKV
 
+MOST_HEAD_DIM = 256
+
+
+def misfit(head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why flash-attn cannot serve a model, None = it can."""
+    if head_dim > MOST_HEAD_DIM:
+        return f"flash-attn has no kernel for head_dim {head_dim}, only up to {MOST_HEAD_DIM}"
+    return None
+
 
 def load() -> None:
     """Check that the package and a device are there.

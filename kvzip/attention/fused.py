@@ -1,7 +1,8 @@
 """PyTorch's fused attention as the block function: on CPU and CUDA it returns the log-sum-exp that the merge needs.
 
 What is not in its contract (softcap; on CUDA a mask or float64 too) is computed by the reference, as part of this
-backend's definition.
+backend's definition. On CUDA it is PyTorch's flash kernel where that exists (16 bits, head_dim up to 256, compute
+capability 8.0 and later), else its memory-efficient one.
 """
 
 from functools import partial
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from kvzip.attention import reference
 from kvzip.attention.combine import attend_blocks
+
+FLASH_HEAD_DIM = 256
 
 
 def block(
@@ -58,7 +61,8 @@ def _on_cuda(
     rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:
     assert mask is None
-    if rows.dtype in (torch.float16, torch.bfloat16) and rows.shape[-1] % 8 == 0:
+    has_flash = torch.cuda.get_device_capability(rows.device) >= (8, 0) and rows.shape[-1] <= FLASH_HEAD_DIM
+    if has_flash and rows.dtype in (torch.float16, torch.bfloat16) and rows.shape[-1] % 8 == 0:
         found = torch.ops.aten._scaled_dot_product_flash_attention(
             rows, keys, values, 0.0, causal, False, scale=scaling
         )

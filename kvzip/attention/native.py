@@ -64,7 +64,7 @@ def attend(
     store: tuple[Tensor | None, ...] = (None,) * 5
     if context is not None:
         store = (context.keys, context.values, context.cu_seqlens_k, context.cu_tiles, context.mask)
-    if sinks is not None:
+    if sinks is not None and not sinks.is_cuda:  # the CUDA kernel reads any dtype
         sinks = sinks.float()
     rest = (tail.keys, tail.values, tail.length, tail.cursor, tail.skip, scaling, softcap, sinks)
     output: tuple[Tensor, Tensor] = torch.ops.kvzip.attend(query, *store, *rest, *_quantized(context))

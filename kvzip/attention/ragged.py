@@ -31,7 +31,8 @@ class RaggedKV:
 
     def __post_init__(self) -> None:
         assert sum(self.lengths) == self.keys.shape[0] == self.values.shape[0], "lengths must add up to the rows"
-        assert self.mask is None or self.mask.shape == (len(self.lengths), self.lengths[0]), "mask needs equal lengths"
+        shape = (len(self.lengths), self.lengths[0])
+        assert self.mask is None or (self.is_uniform and self.mask.shape == shape), "mask needs equal lengths"
 
     @cached_property
     def cu_seqlens_k(self) -> Tensor:
@@ -44,6 +45,12 @@ class RaggedKV:
         """The kernels' schedule, see csrc/include/kvzip/schedule.h: prefix sums of the heads' tiles, int64."""
         tiles = torch.tensor((0, *map(tiles_of, self.lengths)), dtype=torch.int64)
         return tiles.cumsum(0).to(self.keys.device)
+
+    def plan(self) -> None:
+        """Make the schedule now, so that no decoding step has to wait for it."""
+        _ = self.cu_seqlens_k, self.cu_tiles
+        if self.quantized is not None:
+            _ = self.quantized.cu_seqlens, self.quantized.cu_tiles
 
     @cached_property
     def is_uniform(self) -> bool:

@@ -89,6 +89,7 @@ class Offloadable:
         if self.fetcher is not None:
             context = context.apply(at_home)
             self.fetcher.forget(self)
+        context.plan()
         self.context = context
 
     def keep_at_home(self, fetcher: Fetcher | None) -> None:

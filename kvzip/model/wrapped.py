@@ -31,10 +31,9 @@ class WrappedModel:
         self.model, self.tokenizer, self.name, self.kv_type = model, tokenizer, name, kv_type
         self.kv_bits = 16
         devices = {one.device for one in model.parameters() if not one.is_meta}
-        config = model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_attention_heads", None) or 1
-        head_dim = getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads
-        self._backend = resolve_backend(backend, devices, head_dim=head_dim, dtype=model.dtype)
+        # Of the modules: a config may have a head_dim for each layer, or none.
+        head_dims = {one.head_dim for one in model.modules() if isinstance(getattr(one, "head_dim", None), int)}
+        self._backend = resolve_backend(backend, devices, head_dims=sorted(head_dims), dtype=model.dtype)
         self.prompting = Prompting(tokenizer)
         self._seams = check_architecture(model, self._backend)
 

@@ -262,6 +262,20 @@ def test_torch_runs_where_layers_are_on_both():
     assert resolve_backend("torch", [CPU, CUDA]) is BACKENDS["torch"]
 
 
+@pytest.mark.parametrize(
+    ("name", "device", "head_dims", "dtype", "words"),
+    [
+        ("cuda", CUDA, (256, 512), torch.bfloat16, "no kernel for head_dim 512"),
+        ("cuda", CUDA, (64,), torch.float64, "no kernel for torch.float64"),
+        ("flash", CUDA, (256, 512), torch.bfloat16, "no kernel for head_dim 512, only up to 256"),
+    ],
+)
+def test_a_model_that_a_backend_has_no_kernel_for_is_refused(name, device, head_dims, dtype, words):
+    """Whichever of its layers it is."""
+    with pytest.raises(ValueError, match=f"backend '{name}' cannot serve this model: .*{words}"):
+        resolve_backend(name, [device], head_dims=head_dims, dtype=dtype)
+
+
 @pytest.mark.skipif(bool(missing("cpu")), reason=missing("cpu"))
 def test_auto_says_what_it_chose(caplog):
     with caplog.at_level(logging.INFO, logger="kvzip"):

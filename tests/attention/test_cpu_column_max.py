@@ -88,3 +88,11 @@ def test_a_bad_argument_of_column_max_is_refused_by_name(what):
     name, change = BAD_COLUMN_MAX[what]
     with pytest.raises(RuntimeError, match=name):
         torch.ops.kvzip.column_max(**{**given, name: change(given[name])}, scaling=SCALING, softcap=None)
+
+
+@pytest.mark.parametrize("softcap", [0.0, -3.0])
+def test_a_softcap_that_caps_nothing_is_refused(softcap):
+    with pytest.raises(RuntimeError, match="softcap must be positive or None"):
+        torch.ops.kvzip.column_max(
+            random(1, 4, 33, 16), random(2, 2, 100, 16), random(3, 4, 33), scaling=SCALING, softcap=softcap
+        )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvzip.attention import TailKV
+from kvzip.attention import RaggedKV, TailKV
 from tests.attention.operators import arguments, attend, strided_last
 from tests.attention.problems import missing, problem, random
 
@@ -53,6 +53,9 @@ BAD = {
     "skip of int32": ("tail_skip", lambda t: t.int()),
     "skip of another batch": ("tail_skip", lambda t: t[:1]),
     "skip with gaps": ("tail_skip", lambda t: t.T.contiguous().T),
+    "negative softcap": ("softcap", lambda t: -3.0),
+    "softcap of zero": ("softcap", lambda t: 0.0),
+    "a batch of none": ("query", lambda t: t[:0]),
     "sinks of another dtype": ("sinks", lambda t: t.double()),
     "sinks of other heads": ("sinks", lambda t: t[:4]),
     "sinks with gaps": ("sinks", lambda t: torch.stack([t, t], 1)[:, 0]),
@@ -67,6 +70,17 @@ def test_a_bad_argument_is_refused_by_name(what):
     name, change = BAD[what]
     with pytest.raises(RuntimeError, match=name):
         torch.ops.kvzip.attend(**{**given, name: change(given[name])})
+
+
+def test_a_mask_over_heads_of_other_lengths_is_refused():
+    """As many rows as the mask has, but not head by head: rows of other heads, or of none, would be read."""
+    query, context, tail = problem(lengths=(2, 100, 192, 98), q_len=3, batch=2)
+    given = arguments(query, context, tail)
+    mask = torch.ones(4, 98, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=r"mask must be .* equal lengths"):
+        torch.ops.kvzip.attend(**{**given, "mask": mask})
+    with pytest.raises(AssertionError, match="equal lengths"):
+        RaggedKV(context.keys, context.values, (98, 100, 96, 98), mask)
 
 
 BAD_CURSORS = {

@@ -205,8 +205,12 @@ def test_a_query_that_is_not_aligned_gives_the_same(ops) -> None:
     want, _ = ops.attend(*call.values())
     storage = torch.zeros(*call["query"].shape[:3], 67, dtype=torch.bfloat16)
     storage[..., 3:] = call["query"]
-    call["query"] = storage[..., 3:]
-    assert torch.equal(ops.attend(*call.values())[0], want)
+    dense = torch.zeros(call["query"].numel() + 3, dtype=torch.bfloat16)[3:].view_as(call["query"])
+    dense.copy_(call["query"])
+    assert dense.is_contiguous()  # and yet no row begins at a multiple of 16 bytes
+    for query in (storage[..., 3:], dense):
+        call["query"] = query
+        assert torch.equal(ops.attend(*call.values())[0], want)
 
 
 @pytest.mark.slow
@@ -231,7 +235,8 @@ def test_the_length_on_the_device_is_the_one_that_counts(ops) -> None:
         ({"cu_seqlens": torch.zeros(4, dtype=torch.int32)}, "cu_seqlens must be int64"),
         ({"values": torch.zeros(7, 64, dtype=torch.bfloat16)}, r"values has shape \(7, 64\)"),
         ({"mask": torch.ones(3, 5, dtype=torch.bool)}, "mask"),
-        ({"tail_length": 21}, "tail_length is 21; the capacity is 20"),
+        ({"tail_length": 21}, "tail_length is 21; expected from q_len 3 to the capacity 20"),
+        ({"tail_length": 2}, "tail_length is 2; expected from q_len 3"),
         ({"tail_skip": torch.zeros(1, 2, dtype=torch.int64)}, r"tail_skip has shape \(1, 2\)"),
         ({"sinks": torch.zeros(5)}, r"sinks has shape \(5\)"),
         ({"softcap": -1.0}, "softcap must be positive"),

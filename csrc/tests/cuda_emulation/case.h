@@ -138,6 +138,9 @@ inline Call::Call(const Case& c, unsigned seed)
   if (c.mask) {
     for (int64_t i = 0; i < total_; ++i) mask_.push_back(random() % 3 != 0);
     for (int64_t i = 0; i < c.lengths[0]; ++i) mask_[i] = i >= 20 && mask_[i];  // one whole warp's keys, too
+    for (int64_t i = 0; i < total_; ++i) {
+      for (int64_t k = 0; !mask_[i] && k < d; ++k) keys_.set(i * d + k, INFINITY), values_.set(i * d + k, NAN);
+    }
   }
   if (c.poisoned_head >= 0) {
     const int h = c.poisoned_head;

@@ -38,6 +38,9 @@ class CodedRows {
       mask_length_ = lengths[0];
       for (int64_t i = 0; i < rows; ++i) mask_.push_back(random() % 3 != 0);
       for (int64_t i = 0; i < lengths[0]; ++i) mask_[i] = i >= 70 && mask_[i];  // a whole tile, too
+      for (int64_t i = 0; i < rows; ++i) {
+        if (!mask_[i]) value_scales_[2 * i] = value_scales_[2 * i + 1] = 0x7e00;  // NaN
+      }
     }
   }
 

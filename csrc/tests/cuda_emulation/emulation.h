@@ -124,6 +124,13 @@ inline uint32_t shared_address(const void* pointer) {
 }
 inline void copy16_async(uint32_t to, const void* from, bool valid) { emulation::copy(to, from, 16, valid); }
 inline void copy4_async(uint32_t to, const void* from, bool valid) { emulation::copy(to, from, 4, valid); }
+inline float max_or_nan(float a, float b) {
+  if (!std::isnan(a) && !std::isnan(b)) return std::fmax(a, b);
+  const uint32_t bits = 0x7fffffff;
+  float nan;
+  std::memcpy(&nan, &bits, 4);
+  return nan;
+}
 inline void copy_commit() { emulation::commit(); }
 template <int kPending>
 void copy_wait() {

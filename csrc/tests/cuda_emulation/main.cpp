@@ -115,6 +115,8 @@ bool run_column_max(DType dtype, int head_dim, int groups, int q_len, int kv_len
   }
   for (size_t i = 0; i < keys.size(); ++i) keys.set(i, normal(random));
   for (float& x : lse) x = 5 + normal(random);
+  const int nan_key = kv_len > 2 ? kv_len / 2 : -1;  // of the first KV head: no maximum hides it
+  if (nan_key >= 0) keys.set(nan_key * key_token, NAN);
   ColumnMaxParams p{};
   p.query = query.data(), p.keys = keys.data(), p.lse = lse.data(), p.output = output.data();
   p.query_head_stride = q_len * query_token, p.query_token_stride = query_token;
@@ -135,6 +137,10 @@ bool run_column_max(DType dtype, int head_dim, int groups, int q_len, int kv_len
     });
     for (int h = 0; h < query_heads; ++h) {
       for (int j = 0; j < kv_len; ++j) {
+        if (h < groups && j == nan_key) {
+          if (!std::isnan(output[h * kv_len + j])) worst = INFINITY;
+          continue;
+        }
         double largest = -INFINITY;
         for (int i = 0; i < q_len; ++i) {
           double logit = 0;
