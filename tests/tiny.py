@@ -27,6 +27,8 @@ HYBRID = {
     "query_pre_attn_scalar": 12,
 }
 
+WINDOWS = {key: HYBRID[key] for key in ("layer_types", "sliding_window")}
+
 SUPPORTED: dict[str, dict] = {
     "llama": {},
     "mistral": {"sliding_window": 4096},
@@ -36,6 +38,13 @@ SUPPORTED: dict[str, dict] = {
     "phi3": {},
     "gemma2": HYBRID,
     "gemma3_text": HYBRID,
+    "gemma4_text": {
+        **WINDOWS,
+        "global_head_dim": 16,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+    },
     "olmo2": {},
     "glm4": {"partial_rotary_factor": 0.5},
     "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5},

@@ -90,8 +90,10 @@ class Rotation:
 
     def _turn(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rotate = getattr(sys.modules[type(self.module).__module__], _APPLY)
-        turned, _ = rotate(states[None], states[None, :1], cos[None].to(states.dtype), sin[None].to(states.dtype))
-        return turned[0]
+        angles = cos[None].to(states.dtype), sin[None].to(states.dtype)
+        if "k" not in inspect.signature(rotate).parameters:  # Gemma 4 rotates queries and keys one by one
+            return rotate(states[None], *angles)[0]
+        return rotate(states[None], states[None, :1], *angles)[0][0]
 
 
 @contextmanager

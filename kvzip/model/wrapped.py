@@ -32,7 +32,8 @@ class WrappedModel:
         self.kv_bits = 16
         devices = {one.device for one in model.parameters() if not one.is_meta}
         # Of the modules: a config may have a head_dim for each layer, or none.
-        head_dims = {one.head_dim for one in model.modules() if isinstance(getattr(one, "head_dim", None), int)}
+        named = (getattr(one, "head_dim", None) for one in model.modules())
+        head_dims = {head_dim for head_dim in named if isinstance(head_dim, int)}
         self._backend = resolve_backend(backend, devices, head_dims=sorted(head_dims), dtype=model.dtype)
         self.prompting = Prompting(tokenizer)
         self._seams = check_architecture(model, self._backend)

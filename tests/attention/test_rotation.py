@@ -73,7 +73,7 @@ def test_undo_gives_the_queries_before_rope(name, changes):
         torch.testing.assert_close(again, call.query, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3", "glm4", "smollm3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gemma4_text", "phi3", "glm4", "smollm3"])
 def test_rotations_at_other_positions_are_the_models_own(name):
     calls = calls_of(name)
     first, second = (next(c for c in calls if c.start == start and c.row == 0) for start in (0, 11))
