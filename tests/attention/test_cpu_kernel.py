@@ -5,7 +5,7 @@ import random as python_random
 import pytest
 import torch
 
-from kvzip.attention import RaggedKV, TailKV, reference
+from kvzip.attention import RaggedKV, TailKV, quantize, reference
 from tests.attention.operators import arguments, attend
 from tests.attention.problems import DTYPES, SCALING, missing, naive, problem, random, real_rows
 
@@ -228,6 +228,15 @@ def test_results_share_no_memory_between_calls():
 
 
 # -- as operators of torch ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_opcheck_of_attend_with_codes(bits):
+    query, context, tail = problem(lengths=(3,) * 4, head_dim=16, q_len=2, batch=2)
+    more = quantize(random(11, 391, 16), random(12, 391, 16), (130, 7, 189, 65), bits)
+    given = arguments(query, context, tail)
+    codes = (more.bits, *more.tensors.values(), more.cu_seqlens, more.cu_tiles, None)
+    torch.library.opcheck(torch.ops.kvzip.attend.default, (*given.values(), *codes))
 
 
 @pytest.mark.parametrize("with_all", [False, True])
