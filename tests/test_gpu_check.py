@@ -10,27 +10,27 @@ import torch
 
 from kvzip.attention import BACKENDS, RaggedKV
 from tests.attention.problems import missing
-from tools import gpu_check
+from tools import gpu_check, gpu_kernels
 from tools.gpu_cases import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_quick_cases_have_every_value():
-    quick = list(gpu_check.cases(quick=True))
-    assert {shape for _, shape, *_ in quick} == set(gpu_check.SHAPES.values())
-    assert {groups for _, _, groups, _, _ in quick} == set(gpu_check.GROUPS)
-    assert {head_dim for *_, head_dim, _ in quick} == set(gpu_check.HEAD_DIMS)
-    assert {dtype for *_, dtype in quick} == set(gpu_check.DTYPES)
-    assert len(list(gpu_check.cases(quick=False))) == len(gpu_check.SHAPES) * 10 * 4 * 3
+    quick = list(gpu_kernels.cases(quick=True))
+    assert {shape for _, shape, *_ in quick} == set(gpu_kernels.SHAPES.values())
+    assert {groups for _, _, groups, _, _ in quick} == set(gpu_kernels.GROUPS)
+    assert {head_dim for *_, head_dim, _ in quick} == set(gpu_kernels.HEAD_DIMS)
+    assert {dtype for *_, dtype in quick} == set(gpu_kernels.DTYPES)
+    assert len(list(gpu_kernels.cases(quick=False))) == len(gpu_kernels.SHAPES) * 10 * 4 * 3
 
 
-@pytest.mark.parametrize("name", [name for name in gpu_check.SHAPES if name != "giant head"])
+@pytest.mark.parametrize("name", [name for name in gpu_kernels.SHAPES if name != "giant head"])
 def test_the_oracle_is_the_reference(name):
-    arguments = gpu_check.problem(gpu_check.SHAPES[name], 2, 64, torch.float32, "cpu", 0)
-    exact, exact_lse = gpu_check.plain(arguments, torch.float64)
+    arguments = gpu_kernels.problem(gpu_kernels.SHAPES[name], 2, 64, torch.float32, "cpu", 0)
+    exact, exact_lse = gpu_kernels.plain(arguments, torch.float64)
     output, lse = BACKENDS["reference"].attend(**arguments)
-    real = gpu_check.real_rows(arguments)
+    real = gpu_kernels.real_rows(arguments)
     assert real.any()
     torch.testing.assert_close(output[real].double(), exact[real], atol=1e-5, rtol=1e-5)
     found, expected = (sums.transpose(1, 2)[real].double() for sums in (lse, exact_lse))
@@ -44,9 +44,9 @@ def test_a_wrong_backend_is_found_out(monkeypatch):
         output, lse = BACKENDS["reference"].attend(**arguments)
         return output * 0.9, lse
 
-    monkeypatch.setattr(gpu_check, "resolve_backend", lambda *_: type("Wrong", (), {"attend": staticmethod(wrong)}))
-    monkeypatch.setattr(gpu_check, "SHAPES", {"decode": gpu_check.SHAPES["decode"]})
-    found = gpu_check.check_attention("cpu", "reference", quick=True)
+    monkeypatch.setattr(gpu_kernels, "resolve_backend", lambda *_: type("Wrong", (), {"attend": staticmethod(wrong)}))
+    monkeypatch.setattr(gpu_kernels, "SHAPES", {"decode": gpu_kernels.SHAPES["decode"]})
+    found = gpu_kernels.check_attention("cpu", "reference", quick=True)
     assert not found["passed"]
     assert len(found["failures"]) == found["cases"]
 
@@ -61,11 +61,27 @@ def test_a_kernel_that_loses_keys_is_found_out_in_every_precision(monkeypatch):
             context=RaggedKV(context.keys[kept], context.values[kept], lengths), **arguments
         )
 
-    monkeypatch.setattr(gpu_check, "resolve_backend", lambda *_: type("Wrong", (), {"attend": staticmethod(wrong)}))
-    monkeypatch.setattr(gpu_check, "SHAPES", {"giant head": Shape((20_000, 3, 0, 64))})
-    monkeypatch.setattr(gpu_check, "GROUPS", (2,))
-    found = gpu_check.check_attention("cpu", "reference", quick=False)
+    monkeypatch.setattr(gpu_kernels, "resolve_backend", lambda *_: type("Wrong", (), {"attend": staticmethod(wrong)}))
+    monkeypatch.setattr(gpu_kernels, "SHAPES", {"giant head": Shape((20_000, 3, 0, 64))})
+    monkeypatch.setattr(gpu_kernels, "GROUPS", (2,))
+    found = gpu_kernels.check_attention("cpu", "reference", quick=False)
     assert found["failed"] == found["cases"] == 12
+
+
+def test_a_kernel_that_loses_the_last_rows_of_a_long_head_is_found_out(monkeypatch):
+    def wrong(context, **arguments):
+        context.values[4_997] = 0
+        return BACKENDS["reference"].attend(context=context, **arguments)
+
+    backends = {"wrong": wrong, "reference": BACKENDS["reference"].attend}
+    monkeypatch.setattr(
+        gpu_kernels, "resolve_backend", lambda name, _: type("Any", (), {"attend": staticmethod(backends[name])})
+    )
+    assert gpu_kernels.check_long("cpu", "reference")["passed"]
+    monkeypatch.setattr(gpu_kernels, "plain", lambda arguments, dtype, exact=gpu_kernels.plain: exact(known, dtype))
+    known = gpu_kernels.problem(Shape((5000, 5), past=3), 2, 256, torch.bfloat16, "cpu", 0)
+    known["context"].keys[4997:5000] = 3 * known["query"][0, 0, 0]
+    assert not gpu_kernels.check_long("cpu", "wrong")["passed"]
 
 
 @pytest.mark.skipif(bool(missing("cpu")), reason=missing("cpu"))
@@ -80,11 +96,11 @@ def test_a_kernel_that_lets_nan_through_is_found_out(where, monkeypatch):
 
     backends = {"wrong": wrong, "cpu": BACKENDS["cpu"].attend}
     monkeypatch.setattr(
-        gpu_check, "resolve_backend", lambda name, _: type("Any", (), {"attend": staticmethod(backends[name])})
+        gpu_kernels, "resolve_backend", lambda name, _: type("Any", (), {"attend": staticmethod(backends[name])})
     )
-    monkeypatch.setattr(gpu_check, "HEAD_DIMS", (64,))
-    assert gpu_check.check_isolation("cpu", "cpu")["passed"]
-    assert not gpu_check.check_isolation("cpu", "wrong")["passed"]
+    monkeypatch.setattr(gpu_kernels, "HEAD_DIMS", (64,))
+    assert gpu_kernels.check_isolation("cpu", "cpu")["passed"]
+    assert not gpu_kernels.check_isolation("cpu", "wrong")["passed"]
 
 
 def test_a_step_that_fails_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
@@ -109,10 +125,10 @@ def test_a_case_that_raises_is_named_and_the_others_are_run(monkeypatch):
             raise RuntimeError("an illegal memory access")
         return BACKENDS["reference"].attend(**arguments)
 
-    monkeypatch.setattr(gpu_check, "resolve_backend", lambda *_: type("Broken", (), {"attend": staticmethod(broken)}))
-    monkeypatch.setattr(gpu_check, "SHAPES", {"nothing kept": gpu_check.SHAPES["nothing kept"]})
-    found = gpu_check.check_attention("cpu", "reference", quick=True)
-    (first, *_), count = gpu_check.cases(quick=True), len(list(gpu_check.cases(quick=True)))
+    monkeypatch.setattr(gpu_kernels, "resolve_backend", lambda *_: type("Broken", (), {"attend": staticmethod(broken)}))
+    monkeypatch.setattr(gpu_kernels, "SHAPES", {"nothing kept": gpu_kernels.SHAPES["nothing kept"]})
+    found = gpu_kernels.check_attention("cpu", "reference", quick=True)
+    (first, *_), count = gpu_kernels.cases(quick=True), len(list(gpu_kernels.cases(quick=True)))
     assert found["failures"] == [f"{first[0]}: RuntimeError: an illegal memory access"]
     assert found["cases"] == count > 1
 
@@ -125,11 +141,11 @@ def test_a_kernel_that_does_not_repeat_itself_is_found_out():
         output, lse = BACKENDS["reference"].attend(**arguments)
         return output * (1 + 2**-23 * (len(calls) % 2)), lse
 
-    arguments = gpu_check.problem(gpu_check.SHAPES["nothing kept"], 2, 64, torch.float32, "cpu", 0)
+    arguments = gpu_kernels.problem(gpu_kernels.SHAPES["nothing kept"], 2, 64, torch.float32, "cpu", 0)
     backend = type("Restless", (), {"attend": staticmethod(restless)})
-    _, fault = gpu_check.attention_case(backend, arguments, torch.float32)
+    _, fault = gpu_kernels.attention_case(backend, arguments, torch.float32)
     assert fault.endswith("not the same the second time")
-    assert gpu_check.attention_case(BACKENDS["reference"], arguments, torch.float32)[1] == ""
+    assert gpu_kernels.attention_case(BACKENDS["reference"], arguments, torch.float32)[1] == ""
 
 
 def ended(monkeypatch, status=0, out="", err=""):

@@ -12,7 +12,6 @@ breaks all that the process does later, each has a process of its own. The exit 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import shutil
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,22 +27,15 @@ from typing import Any
 
 import torch
 
-from kvzip.attention import Backend, build, resolve_backend
-from tools.gpu_cases import SHAPES, Shape, plain, problem, real_rows
+from kvzip.attention import build
+from tools.gpu_kernels import check_attention, check_column_max, check_isolation, check_long
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEAD_DIMS = (64, 96, 128, 256)
-GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
-# Allowed where fused attention is nearly exact, as with one visible key; and of the log-sum-exp, which is a float32.
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1.6e-3, torch.float16: 2e-4}
-LSE = 2e-5
 # Only our kernels are instrumented, but for initcheck, which has to see who else writes.
 OURS = ("--kernel-name", "kns=kvzip")
 SANITIZERS = {"memcheck": OURS, "racecheck": OURS, "synccheck": OURS, "initcheck": ()}
-ISOLATED = ("ragged", "masked", "batch")
-APART = ("attention", "isolation", "column_max", "decoding", "offload")  # steps with a process of their own
+APART = ("attention", "long", "isolation", "column_max", "decoding", "offload")  # steps with a process of their own
 SANITIZED = ("attention", "column_max")
 SECONDS = 3600  # that one of these, a sanitizer or a benchmark may take
 
@@ -70,97 +62,6 @@ class Report:
     def passed(self) -> bool:
         """Whether every step that ran passed; one that is skipped says so and counts as passed."""
         return all(step.get("passed", False) for step in self.steps.values())
-
-
-def cases(quick: bool) -> Iterator[tuple[str, Shape, int, int, torch.dtype]]:
-    """Name, shape, GQA group, head_dim and dtype of every case; `quick`: each value at least once."""
-    product = list(itertools.product(SHAPES.items(), GROUPS, HEAD_DIMS, DTYPES))
-    for index, ((name, shape), groups, head_dim, dtype) in enumerate(product):
-        if not quick or index % 29 == 0:
-            yield f"{name}, G{groups}, D{head_dim}, {dtype}", shape, groups, head_dim, dtype
-
-
-def check_attention(device: str, backend_name: str, quick: bool) -> dict[str, Any]:
-    """Errors against float64, at most twice (codes: 4 times) those of fused attention in the same precision."""
-    backend = resolve_backend(backend_name, [torch.device(device)])
-    worst: dict[str, float] = {}
-    failures, count = [], 0
-    for index, (name, shape, groups, head_dim, dtype) in enumerate(cases(quick)):
-        count += 1
-        try:
-            share, fault = attention_case(backend, problem(shape, groups, head_dim, dtype, device, index), dtype)
-        except Exception as error:  # a bad access on a GPU fails all cases from its own on: the first one is named
-            failures.append(f"{name}: {type(error).__name__}: {error}")
-            continue
-        worst[str(dtype)] = max(worst.get(str(dtype), 0.0), share)
-        if fault:
-            failures.append(f"{name}: {fault}")
-    shares = {name: round(value, 3) for name, value in worst.items()}
-    found: dict[str, Any] = {"passed": not failures, "cases": count, "worst error / allowed": shares}
-    return found | {"failed": len(failures), "failures": failures[:20]}
-
-
-def attention_case(backend: Backend, arguments: dict[str, Any], dtype: torch.dtype) -> tuple[float, str]:
-    """Largest error over what is allowed, and what is wrong with the case, empty if nothing is."""
-    output, lse = backend.attend(**arguments)
-    again, _ = backend.attend(**arguments)
-    exact, exact_lse = plain(arguments, torch.float64)
-    same, _ = plain(arguments, dtype)
-    real = real_rows(arguments)
-    error = float((output[real].double() - exact[real]).abs().max())
-    times = 2 if arguments["context"].quantized is None else 4  # scales in queries and weights round once more
-    allowed = times * max(FLOOR[dtype], float((same[real].double() - exact[real]).abs().max()))
-    sums, exact_sums = lse.transpose(1, 2)[real].double(), exact_lse.transpose(1, 2)[real]
-    apart = torch.where(sums == exact_sums, 0.0, sums - exact_sums).abs()  # -inf is -inf
-    lse_error = float((apart / (1 + exact_sums.abs().nan_to_num(posinf=0.0))).max())
-    repeats = torch.equal(output, again)
-    if error <= allowed and lse_error <= LSE and repeats:
-        return error / allowed, ""
-    other = "" if repeats else ", and not the same the second time"
-    return error / allowed, f"error {error:.2e} of {allowed:.2e}, lse {lse_error:.2e}{other}"
-
-
-def check_isolation(device: str, backend_name: str) -> dict[str, Any]:
-    """NaN and Inf in one head, and in rows that a mask hides, change nothing elsewhere, to the bit."""
-    backend = resolve_backend(backend_name, [torch.device(device)])
-    failures, count = [], 0
-    for name, dtype, head_dim in itertools.product(ISOLATED, DTYPES, HEAD_DIMS):
-        arguments = problem(SHAPES[name], 4, head_dim, dtype, device, head_dim)
-        context, real = arguments["context"], real_rows(arguments)
-        clean, clean_lse = backend.attend(**arguments)
-        hidden = torch.zeros(len(context.keys), dtype=torch.bool, device=device)
-        hidden[: context.lengths[0]] = True
-        if context.mask is not None:
-            hidden |= ~context.mask.flatten()
-        for rows, value in ((context.keys, torch.inf), (context.values, torch.nan)):
-            rows[hidden] = value
-        output, lse = backend.attend(**arguments)
-        same = torch.equal(output[real][:, 4:], clean[real][:, 4:]) and torch.equal(lse[:, 4:], clean_lse[:, 4:])
-        count += 1
-        if not same:
-            failures.append(f"{name}, D{head_dim}, {dtype}")
-    return {"passed": not failures, "cases": count, "failures": failures}
-
-
-def check_column_max(device: str, backend_name: str) -> dict[str, Any]:
-    """Column maxima against float64."""
-    backend = resolve_backend(backend_name, [torch.device(device)])
-    worst = 0.0
-    for head_dim, dtype, softcap in itertools.product(HEAD_DIMS, DTYPES, (None, 20.0)):
-        draw = torch.Generator(device).manual_seed(head_dim)
-        query, keys = (
-            torch.randn(*size, generator=draw, device=device).to(dtype)
-            for size in ((8, 130, head_dim), (2, 777, head_dim))
-        )
-        lse = torch.randn(8, 130, generator=draw, device=device)
-        logits = query.double().view(2, 4, 130, -1) @ keys.double()[:, None].transpose(-1, -2) * head_dim**-0.5
-        if softcap:
-            logits = softcap * torch.tanh(logits / softcap)
-        exact = (logits.view(8, 130, 777) - lse[..., None]).amax(1)
-        found = backend.column_max(query, keys, lse, head_dim**-0.5, softcap)
-        error = float((found - exact).abs().max())
-        worst = max(worst, error) if error == error else float("inf")
-    return {"passed": worst < 1e-4, "worst error": worst}
 
 
 def check_decoding(device: str) -> dict[str, Any]:
@@ -285,6 +186,7 @@ def main() -> None:
     steps: dict[str, Callable[[], dict[str, Any]]] = {
         "build": lambda: {"passed": True, "library": build.build(name).name},
         "attention": lambda: check_attention(device, name, args.quick),
+        "long": lambda: check_long(device, name),
         "isolation": lambda: check_isolation(device, name),
         "column_max": lambda: check_column_max(device, name),
         "decoding": lambda: check_decoding(device),
