@@ -31,10 +31,11 @@ class WrappedModel:
         self.model, self.tokenizer, self.name, self.kv_type = model, tokenizer, name, kv_type
         self.kv_bits = 16
         devices = {one.device for one in model.parameters() if not one.is_meta}
-        # Of the modules: a config may have a head_dim for each layer, or none.
-        named = (getattr(one, "head_dim", None) for one in model.modules())
-        head_dims = {head_dim for head_dim in named if isinstance(head_dim, int)}
-        self._backend = resolve_backend(backend, devices, head_dims=sorted(head_dims), dtype=model.dtype)
+        # Of the text model's layers, which have a number: a config may have a head_dim for each of them, or none.
+        layers = (one for one in model.modules() if getattr(one, "layer_idx", None) is not None)
+        named = {getattr(one, "head_dim", None) for one in layers}
+        head_dims = sorted(head_dim for head_dim in named if isinstance(head_dim, int))
+        self._backend = resolve_backend(backend, devices, head_dims=head_dims, dtype=model.dtype)
         self.prompting = Prompting(tokenizer)
         self._seams = check_architecture(model, self._backend)
 
