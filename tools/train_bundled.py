@@ -228,7 +228,8 @@ def finish(args: argparse.Namespace) -> None:
     model.load_state_dict(saved["model"])
     if args.average is not None:
         before = LlamaForCausalLM.from_pretrained(args.average).state_dict()
-        model.load_state_dict({name: (one + before[name]) / 2 for name, one in model.state_dict().items()})
+        mean = {name: torch.lerp(before[name], one, args.share) for name, one in model.state_dict().items()}
+        model.load_state_dict(mean)
     export(model, tokenizer, args.out)
     model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     sampler = Sampler(tokenizer, sentences[: len(sentences) // HELD_OUT], split="test")
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--tokenizer-only", action="store_true", help="train the tokenizer and stop")
     parser.add_argument("--export", action="store_true", help="evaluate and export the last checkpoint")
     parser.add_argument("--average", type=Path, metavar="DIR", help="export the mean with these weights (of --start)")
+    parser.add_argument("--share", type=float, default=0.5, help="of the new weights in the mean of --average")
     args = parser.parse_args()
     if args.fresh:
         for name in (CHECKPOINT, LOG):
