@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024", help="context lengths in tokens")
     parser.add_argument("--documents", type=int, default=2, help="documents a task and length")
     parser.add_argument("--questions", type=int, default=8, help="questions a document")
-    parser.add_argument("--needles", type=int, default=4, help="documents a needle task and length, of one question")
+    parser.add_argument("--needles", type=int, default=2, help="documents a needle task and length, of one question")
     parser.add_argument("--seed", type=int, default=7_000_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "frontier")

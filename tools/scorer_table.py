@@ -132,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="bundled", help="a name that ModelKVzip takes")
     parser.add_argument("--length", type=int, default=768, help="context length in tokens")
-    parser.add_argument("--documents", type=int, default=4, help="documents a task")
+    parser.add_argument("--documents", type=int, default=2, help="documents a task")
     parser.add_argument("--questions", type=int, default=8, help="questions a document")
     parser.add_argument("--seed", type=int, default=3_000_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
