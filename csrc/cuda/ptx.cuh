@@ -40,7 +40,7 @@ __device__ __forceinline__ void copy4_async(uint32_t to, const void* from, bool 
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// The larger one, or NaN if either is, as the one that all bits but the sign make.
+// The larger one, or the NaN 0x7fffffff if either is NaN.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float larger;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
