@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kBlock = 4;                // vectors of keys that are held in registers
 constexpr int kWidth = kBlock * kLanes;  // keys
+constexpr int kTogether = kLanes / 4;    // queries whose products are in registers at a time
 
 // `count` keys as floats, transposed: (head_dim, kWidth).
 template <class T>
@@ -26,15 +27,15 @@ template <class T>
 void block_max(const ColumnMax& c, int64_t kv_head, int64_t first, int count) {
   static thread_local Scratch key_scratch, row_scratch;
   float* keys = key_scratch.zeros(c.head_dim * kWidth);
-  float* rows = row_scratch.zeros(kRows * c.head_dim);
+  float* rows = row_scratch.zeros(kTogether * c.head_dim);
   const T* from = static_cast<const T*>(c.keys) + kv_head * c.key_strides[0] + first * c.key_strides[1];
   transpose_keys(from, c.key_strides[1], count, c.head_dim, keys);
   const int64_t groups = c.num_heads / c.num_kv_heads;
   for (int64_t head = kv_head * groups; head < (kv_head + 1) * groups; ++head) {
     Vec top[kBlock];
     for (Vec& vector : top) vector = broadcast(-std::numeric_limits<float>::infinity());
-    for (int64_t i = 0; i < c.q_len; i += kRows) {
-      const int64_t present = std::min<int64_t>(kRows, c.q_len - i);
+    for (int64_t i = 0; i < c.q_len; i += kTogether) {
+      const int64_t present = std::min<int64_t>(kTogether, c.q_len - i);
       for (int64_t r = 0; r < present; ++r) {
         const T* query = static_cast<const T*>(c.query) + head * c.query_strides[0] + (i + r) * c.query_strides[1];
         float* row = rows + r * c.head_dim;
@@ -42,11 +43,12 @@ void block_max(const ColumnMax& c, int64_t kv_head, int64_t first, int count) {
         for (; d + kLanes <= c.head_dim; d += kLanes) store(row + d, load(query + d) * c.scaling);
         for (; d < c.head_dim; ++d) row[d] = to_float(query[d]) * c.scaling;
       }
-      Vec acc[kRows][kBlock] = {};
+      Vec acc[kTogether][kBlock];
+      clear(acc);
       for (int64_t d = 0; d < c.head_dim; ++d) {
         Vec key[kBlock];
         for (int j = 0; j < kBlock; ++j) key[j] = load(keys + d * kWidth + j * kLanes);
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kTogether; ++r) {
           const float q = rows[r * c.head_dim + d];
           for (int j = 0; j < kBlock; ++j) acc[r][j] += key[j] * q;
         }

@@ -25,6 +25,11 @@ inline Pair load_pair(const Nibbles* p, int n) {
     codes = (IVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {__builtin_convertvector(codes & 15, Vec), __builtin_convertvector(codes >> 4, Vec)};
   }
+#elif defined(__AVX2__) && defined(__F16C__)
+  if (n == kLanes) {
+    codes = (IVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return {__builtin_convertvector(codes & 15, Vec), __builtin_convertvector(codes >> 4, Vec)};
+  }
 #endif
   for (int i = 0; i < kLanes; ++i) codes[i] = i < n ? p[i].bits : 0;
   return {__builtin_convertvector(codes & 15, Vec), __builtin_convertvector(codes >> 4, Vec)};
@@ -42,7 +47,8 @@ inline void logits(const float* query, int64_t head_dim, int64_t v_head_dim, con
       key[j] = tile.key(i);
       if (first) fetch(tile.value(i), v_head_dim / 2);
     }
-    Vec acc[kRows][kKeys] = {};
+    Vec acc[kRows][kKeys];
+    clear(acc);
     const auto add = [&](int64_t d, int n) __attribute__((always_inline)) {
       Pair codes[kKeys];
       for (int j = 0; j < kKeys; ++j) codes[j] = load_pair(key[j] + d, n);
@@ -95,7 +101,7 @@ inline void accumulate_pairs(const float (*s)[kTile], const Update& update, cons
 
 inline void accumulate(const float (*s)[kTile], const Update& update, const Tile<Nibbles>& tile, int64_t fetched,
                        int64_t v_head_dim, float* out, int64_t record) {
-  constexpr int kBlock = kLanes == 4 ? 1 : 2;
+  constexpr int kBlock = kLanes == 16 ? 2 : 1;
   const int64_t half = v_head_dim / 2;
   int64_t d = 0;
   for (; d + kBlock * kLanes <= half; d += kBlock * kLanes) {

@@ -55,9 +55,16 @@ inline Vec load(const float* p) {
 }
 
 inline Vec load(const bfloat16* p) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Vec)((UVec)_mm512_cvtepu16_epi32(bits) << 16);
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Vec)((UVec)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16);
+#else
   HalfVec h;
   std::memcpy(&h, p, sizeof h);
   return (Vec)(__builtin_convertvector(h, UVec) << 16);
+#endif
 }
 
 inline Vec load(const float16* p) {
@@ -221,22 +228,35 @@ inline Vec add_pairs(Vec a, Vec b) {
   return KVZIP_SHUFFLE(a, b, pick<size>(0)) + KVZIP_SHUFFLE(a, b, pick<size>(1));
 }
 
-// Rows that are summed together: as many as fill a vector with four sums each.
-constexpr int kRows = kLanes / 4;
-constexpr int kKeys = 4;
+// Rows and keys whose products are summed together: as many as a vector has lanes. Four rows where that can be, so that
+// a key is loaded, and widened, once for the four.
+constexpr int kRows = kLanes == 4 ? 1 : 4;
+constexpr int kKeys = kLanes / kRows;
 
-// Horizontal sums of accumulators [row][key]; element 4 * row + key of the result.
+// Element by element, as an array's `= {}` is a call of memset.
+template <int kFirst, int kSecond>
+inline void clear(Vec (&acc)[kFirst][kSecond]) {
+  for (int i = 0; i < kFirst; ++i) {
+    for (int j = 0; j < kSecond; ++j) acc[i][j] = Vec{};
+  }
+}
+
+// Horizontal sums of accumulators [row][key]; element kKeys * row + key of the result.
 inline Vec sums(const Vec (&acc)[kRows][kKeys]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const Vec upper = add_pairs<2>(add_pairs<1>(acc[0][0], acc[0][1]), add_pairs<1>(acc[1][0], acc[1][1]));
+  const Vec lower = add_pairs<2>(add_pairs<1>(acc[2][0], acc[2][1]), add_pairs<1>(acc[3][0], acc[3][1]));
+  return add_pairs<4>(upper, lower);
+#else
   Vec row[kRows];
   for (int r = 0; r < kRows; ++r) {
     row[r] = add_pairs<2>(add_pairs<1>(acc[r][0], acc[r][1]), add_pairs<1>(acc[r][2], acc[r][3]));
   }
 #if defined(__AVX512F__)
   return add_pairs<8>(add_pairs<4>(row[0], row[1]), add_pairs<4>(row[2], row[3]));
-#elif defined(__AVX2__)
-  return add_pairs<4>(row[0], row[1]);
 #else
   return row[0];
+#endif
 #endif
 }
 

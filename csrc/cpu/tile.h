@@ -77,7 +77,8 @@ void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile
       key[j] = tile.key(i);
       if (first) fetch(tile.value(i), v_head_dim);
     }
-    Vec acc[kRows][kKeys] = {};
+    Vec acc[kRows][kKeys];
+    clear(acc);
     for (int64_t d = 0; d < whole; d += kLanes) {
       Vec kv[kKeys];
       for (int j = 0; j < kKeys; ++j) kv[j] = load(key[j] + d);
@@ -163,7 +164,7 @@ void accumulate_block(const float (*s)[kTile], const Update& update, const Tile<
 template <class T>
 void accumulate(const float (*s)[kTile], const Update& update, const Tile<T>& tile, int64_t fetched, int64_t v_head_dim,
                 float* out, int64_t record) {
-  constexpr int kBlock = kLanes == 4 ? 2 : 4;
+  constexpr int kBlock = kLanes == 16 ? 4 : 2;
   int64_t d = 0;
   for (; d + kBlock * kLanes <= v_head_dim; d += kBlock * kLanes) {
     accumulate_block<T, kBlock>(s, update, tile, d ? 0 : fetched, d, 0, out, record);
