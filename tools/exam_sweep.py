@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvzip.evaluation.merge import Results, merge
 from kvzip.evaluation.plots import plots
-from kvzip.evaluation.summary import Point, summarize
+from kvzip.evaluation.summary import FEWEST, Point, summarize
 from kvzip.evaluation.tables import comma_separated, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +41,9 @@ def page(results: Results, points: list[Point], command: str) -> str:
         "# The bundled model's exams: every method that needs no file and no question, and the trained gate",
         "",
         f"Command: `{command}`.",
-        "Mean score, each dataset counting once, best methods first; columns: ratio kept.",
-        "Each method has its own level. [exams.csv](exams.csv) has every dataset, interval, bytes and time; figures:",
+        "Mean score, each dataset counting once, best methods first; columns: ratio asked to be kept; (kept ...): the",
+        "fraction that was, where it is another. Each method has its own level. [exams.csv](exams.csv) has every",
+        f"dataset, bytes, time and intervals (fewer than {FEWEST} contexts: no interval); figures:",
         "[exams-kv.png](exams-kv.png), [exams-facts.png](exams-facts.png). Facts, kv and passkey have eight questions",
         f"a context, the needles one; {settings['num']} contexts a dataset and length. Essay haystacks are neutral",
         f"sentences. Weights {settings['weights']}; {os.cpu_count()} cores, torch {run['torch']}, transformers",

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tools.bundled import recipe
-from tools.bundled.attention import use_packed
+from tools.bundled.attention import has_bfloat16, use_packed
 from tools.bundled.evaluate import evaluate, pack, whole_answers
 from tools.bundled.init import initialize, load_grown
 from tools.bundled.parallel import average_gradients, gather, launch
@@ -89,7 +89,7 @@ def train_step(model: LlamaForCausalLM, samples: list[Sample], device: torch.dev
     """
     ids, positions, targets, weights = (tensor.to(device) for tensor in pack(samples))
     supervised = targets != IGNORE
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device)):
         lengths = [len(sample.ids) for sample in samples]
         hidden = model.model(input_ids=ids, position_ids=positions, use_cache=False, lengths=lengths).last_hidden_state
         logits = model.lm_head(hidden[supervised]).float()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import difflib
 import json
-import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -130,6 +129,8 @@ def load(source: str | PathLike[str] | Sequence[str | PathLike[str]]) -> HeadSco
         ValueError: unknown name, missing file, wrong format, or files of different models.
     """
     if not isinstance(source, str | PathLike):
+        if not isinstance(source, Sequence):
+            raise ValueError(f"head scores are loaded by name, by path, or by several of them; got {source!r}")
         loaded = [load(one) for one in source]
         if not loaded:
             raise ValueError("no head-score file named")
@@ -172,7 +173,9 @@ def _from_pattern(path: Path) -> HeadScores:
 def _from_pt(path: Path) -> HeadScores:
     try:
         tensor = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what reading a damaged pickle may raise has no end
         raise ValueError(f"{path} is not a plain tensor file: {error}") from error
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{path} holds a {type(tensor).__name__}, expected a tensor (num_layers, num_key_value_heads)")

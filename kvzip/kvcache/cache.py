@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from kvzip.kvcache.observer import Observer
 from kvzip.kvcache.offload import brought_back
 from kvzip.kvcache.owner import Owned
 from kvzip.kvcache.pruning import Scores
+from kvzip.kvcache.recovery import unchanged_by_errors
 from kvzip.kvcache.scored import ScoredContext
 from kvzip.kvcache.selection import Level
 from kvzip.kvcache.sliding import SlidingLayer
@@ -214,6 +215,8 @@ class KVCache(ScoredContext, Owned):
         check_merge(merge, self.kv_type)
         check_bits(self.bits if bits is None else bits, self.bits)
         now = self.keep_mask
+        if not isinstance(keep, Tensor):
+            raise ValueError(f"keep must be a bool tensor of shape {tuple(now.shape)}, got {keep!r}")
         if keep.dtype != torch.bool or keep.shape != now.shape:
             raise ValueError(f"keep must be bool of shape {tuple(now.shape)}, got {keep.dtype} {tuple(keep.shape)}")
         evict = self.kv_type == "evict"
@@ -229,16 +232,20 @@ class KVCache(ScoredContext, Owned):
     @contextmanager
     def scratch(self, *, keep: bool = False) -> Iterator[None]:
         """Drop what is appended inside the block when it ends; with `keep`, only when it raises."""
-        marks, ids = [layer.mark() for layer in self.layers], self.input_ids
-        drop = True
-        try:
-            yield
-            drop = not keep
-        finally:
-            if drop:
-                self.input_ids = ids
-            for layer, mark in zip(self.layers, marks, strict=True):
+        ids, drop = self.input_ids, True
+        with ExitStack() as ends:  # all of them come to pass, whatever interrupts one
+
+            def release(layer: Any, mark: Any) -> None:
                 layer.release(mark, drop=drop)
+
+            for layer in self.layers:
+                ends.callback(release, layer, layer.mark())
+            try:
+                yield
+                drop = not keep
+            finally:
+                if drop:
+                    self.input_ids = ids
 
     @contextmanager
     def unmasked(self) -> Iterator[None]:
@@ -256,9 +263,9 @@ class KVCache(ScoredContext, Owned):
     def observe(self, observer: Observer, focus: Focus | TailFocus | None = None) -> Iterator[None]:
         """Call `observer` after every attention inside the block, with log-sum-exp over `focus`, None = all keys."""
         before = [(layer.observer, layer.focus) for layer in self.context_layers]
-        for layer in self.context_layers:
-            layer.observer, layer.focus = observer, focus
         try:
+            for layer in self.context_layers:
+                layer.observer, layer.focus = observer, focus
             yield
         finally:
             for layer, held in zip(self.context_layers, before, strict=True):
@@ -277,19 +284,21 @@ class KVCache(ScoredContext, Owned):
             scored: their scores, of the methods that scored the context.
 
         Raises:
-            ValueError: other methods, scores of a wrong shape, or more ids than the tail has.
+            ValueError: other methods, scores of a wrong shape, or more ids than the tail has. The kv is unchanged, as
+                it is by whatever else interrupts this.
         """
         if set(scored) != set(self.scored):
             raise ValueError(f"the context was scored by {self.scorers}, what is added by {tuple(scored)}")
         if self.tail_length < len(ids):
             raise ValueError(f"{len(ids)} ids are given for a tail of {self.tail_length} tokens")
-        before = dict(self.scored)
-        for layer in self.context_layers:
-            layer.absorb(len(ids))
-        self.pruned_with = {}
-        for name, added in scored.items():
-            self.set_scores(name, *before[name].then(added))
-        self.input_ids = torch.cat([self.input_ids, torch.tensor(list(ids), dtype=torch.int64)])
+        before = self.scored
+        with unchanged_by_errors(self, *self.context_layers, *(layer.tail for layer in self.context_layers)):
+            for layer in self.context_layers:
+                layer.absorb(len(ids))
+            self.scored, self.pruned_with = dict(before), {}
+            for name, added in scored.items():
+                self.set_scores(name, *before[name].then(added))
+            self.input_ids = torch.cat([self.input_ids, torch.tensor(list(ids), dtype=torch.int64)])
 
     # -- copies ------------------------------------------------------------------------------------------------------
 
@@ -313,6 +322,8 @@ class KVCache(ScoredContext, Owned):
         Raises:
             ValueError: a device that is not there, or another number of them than of layers.
         """
+        if not isinstance(device, str | torch.device | Sequence):
+            raise ValueError(f"device must be a device or one for each layer, got {device!r}")
         devices = [device] * len(self.layers) if isinstance(device, str | torch.device) else list(device)
         for one in dict.fromkeys(devices):
             check_device(one)

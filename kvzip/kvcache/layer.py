@@ -13,6 +13,7 @@ from kvzip.kvcache import packing
 from kvzip.kvcache.layout import KeyLayout
 from kvzip.kvcache.observer import Observer
 from kvzip.kvcache.offload import Offloadable
+from kvzip.kvcache.recovery import unchanged_by_errors
 from kvzip.kvcache.store import FULL, appended, check_bits, evicted, quantized, turned_back
 from kvzip.kvcache.tail import Tail, cloned
 from kvzip.kvcache.transforms.channels import attend_narrow
@@ -140,20 +141,16 @@ class ContextLayer(CacheLayerMixin, KVStates, Offloadable):
             )
         if padding is not None:
             self.tail.skip = padding.columns.to(query.device) - self.context_end
-        tail = self.tail.view()
+        tail, block = self.tail.view(), self.backend.block
+        how: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         if self.layout.channels is not None:
             assert self.focus is None, "whoever scores asks for the keys first, and is refused"
-            output, lse = attend_narrow(
-                self.backend.block, self.layout.channels, query, self.at_hand, tail, scaling=scaling, softcap=softcap,
-                sinks=sinks,
-            )  # fmt: skip
+            output, lse = attend_narrow(block, self.layout.channels, query, self.at_hand, tail, **how)
         elif self.focus is None:
             context = None if self.context is None else self.at_hand
-            output, lse = self.backend.attend(query, context, tail, scaling=scaling, softcap=softcap, sinks=sinks)
+            output, lse = self.backend.attend(query, context, tail, **how)
         else:
-            output, lse = attend_focused(
-                self.backend.block, query, self.at_hand, tail, self.focus, scaling=scaling, softcap=softcap, sinks=sinks
-            )
+            output, lse = attend_focused(block, query, self.at_hand, tail, self.focus, **how)
         if self.observer is not None:
             self.observer(self, module, query, lse, scaling, softcap)
         return output
@@ -280,9 +277,10 @@ class ContextLayer(CacheLayerMixin, KVStates, Offloadable):
                 store = evicted(store, stored, rows)
         if bits != FULL and store.quantized is None:
             store = quantized(store.apply(partial(Tensor.to, device=self.device)), self.prefix_length, bits)
-        if store is not self.store:
-            self.put(store)
-        self.keep_mask = keep  # last, at once with the store: what fails before leaves the layer as it was
+        with unchanged_by_errors(self):
+            if store is not self.store:
+                self.put(store)
+            self.keep_mask = keep
 
     def quantize(self, bits: int) -> None:
         """Quantise the store but for the prefix; 16 bits change nothing."""

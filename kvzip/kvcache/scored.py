@@ -80,6 +80,8 @@ class ScoredContext(StoredContext):
         """Raise ValueError where `scores` or `slope` are not of `length` tokens, or not finite."""
         expected = (len(self.context_layers), len(self.context_layers[0].store.lengths), length)
         for part in (scores, slope):
+            if not isinstance(part, Tensor) and (part is not None or part is scores):
+                raise ValueError(f"scores of {name!r} must be a tensor of shape {expected}, got {part!r}")
             if part is not None and tuple(part.shape) != expected:
                 raise ValueError(f"scores of {name!r} have shape {tuple(part.shape)}, expected {expected}")
             if part is not None and not bool(part.isfinite().all()):

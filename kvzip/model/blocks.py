@@ -8,9 +8,10 @@ that is left.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def in_pieces(context: object) -> bool:
     """Whether a context is texts one after the other, in a list or any other iterable."""
     if isinstance(context, Sequence):
         return not isinstance(context, str) and len(context) > 0 and all(isinstance(piece, str) for piece in context)
-    return isinstance(context, Iterable) and not isinstance(context, Tensor)
+    return isinstance(context, Iterable) and not isinstance(context, Tensor | np.ndarray | Mapping | Set)
 
 
 def as_pieces(context: Any, encode: Callable[[str], list[int]]) -> Iterable[Any]:
@@ -193,7 +194,7 @@ def read(model: ModelKVzip, kv: KVCache, ids: Sequence[int], scorers: Sequence[S
         for one in scorers:
             scored[one.name] = found = passes.scored(one, context, watch.notes.get(one.name, []))
             kv.check_scores(one.name, found.base, found.slope, len(ids))
-    kv.absorb(ids, scored)
+        kv.absorb(ids, scored)
 
 
 def shown(model: ModelKVzip, kv: KVCache, ids: Sequence[int]) -> ScoringContext:

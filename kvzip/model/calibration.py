@@ -27,6 +27,8 @@ def compute_head_scores(
     Raises:
         ValueError: no text, or one that `prefill` refuses.
     """
+    if isinstance(texts, str):
+        raise ValueError(f"texts must be a list of calibration texts, got the text {texts[:40]!r}; pass [text]")
     provenance = {
         "model": model.name,
         "model_id": model.model_id["weights"],

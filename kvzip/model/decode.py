@@ -35,6 +35,7 @@ _SAMPLING = {"temperature", "top_k", "top_p"}
 DEFAULT_TOP_K = 50  # transformers' own where sampling is asked for and top_k is not said
 _WORTH_A_GRAPH = 16  # steps
 _WARM_UP = 2  # steps before the capture
+_ROOM = 1024  # tokens that a sequence has room for at first
 _CHECK_EVERY = 8  # captured steps between two looks at what they gave, each of which waits for the GPU
 # What torch says of an operation that waits; that the mode which says so is a prototype, it says once in other words.
 _WAITED = "called a synchronizing"
@@ -86,7 +87,7 @@ def make_plan(config: GenerationConfig) -> Plan | None:
             processors.append(TopPLogitsWarper(top_p=config.top_p))
     return Plan(
         max_new_tokens=config.max_new_tokens,
-        eos_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        eos_ids=() if eos is None else tuple(torch.as_tensor(eos).flatten().tolist()),
         pad_id=config.pad_token_id or 0,
         do_sample=bool(config.do_sample),
         processors=processors,
@@ -109,9 +110,8 @@ def decode(
     batch, start = ids.shape
     device = ids.device
     past = kv.get_seq_length()
-    sequence = torch.full((batch, start + plan.max_new_tokens), plan.pad_id, dtype=torch.int64, device=device)
     # Padding would be penalised as a repetition; a token that the row has anyway is not.
-    sequence[:, :start] = ids if mask is None else torch.where(mask.bool(), ids, ids[:, :1])
+    sequence = _roomier(ids if mask is None else torch.where(mask.bool(), ids, ids[:, :1]), plan)
     positions = None if mask is None else (mask.long().cumsum(1) - 1).clamp_min(0)
     logits = model(
         input_ids=ids[:, past:],
@@ -131,15 +131,23 @@ def decode(
     running = torch.ones(batch, dtype=torch.bool, device=device)
     step = _Step(model, kv, batch, at, plan.max_new_tokens if graph else None)
     with step.prepared():
-        for length in range(start, sequence.shape[1]):
+        for length in range(start, start + plan.max_new_tokens):
+            if length == sequence.shape[1]:
+                sequence = _roomier(sequence, plan)
             chosen = plan.choose(sequence[:, :length], logits)
             sequence[:, length] = torch.where(running, chosen, plan.pad_id)
             running &= torch.isin(chosen, eos, invert=True)
-            last = length + 1 == sequence.shape[1]
+            last = length + 1 == start + plan.max_new_tokens
             if last or (step.may_look(length - start) and not bool(running.any())):
                 break
             logits = step(sequence[:, length])
     return _cut(kv, sequence, start, length + 1, eos)
+
+
+def _roomier(ids: Tensor, plan: Plan) -> Tensor:
+    """`ids` (batch, n) with room for as many again, filled with padding: many may be asked for, and few come."""
+    more = min(plan.max_new_tokens, max(_ROOM, ids.shape[1]))
+    return torch.cat([ids, ids.new_full((len(ids), more), plan.pad_id)], dim=1)
 
 
 def _cut(kv: KVCache, sequence: Tensor, start: int, stop: int, eos: Tensor) -> Tensor:

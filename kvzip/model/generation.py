@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import warnings
 from contextlib import nullcontext
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from kvzip.kvcache import KVCache
 from kvzip.model.compressing import Compressor, Decoding
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_NEW_TOKENS = 512
 _ONE_SEQUENCE = ("num_beams", "num_return_sequences")
-_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")
+# Transformers would feed the whole prompt behind the cache that has it already (5.23, any kind of cache).
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_OURS = ("past_key_values", "attention_mask", "position_ids", "inputs_embeds", "input_ids", "inputs")
 
 
 def generate(
@@ -46,17 +49,15 @@ def generate(
         The new ids of each query (n,) on the CPU, without the end-of-sequence token.
 
     Raises:
-        ValueError: beams or several returned sequences, assisted decoding of a hybrid model, no positions left, and
-            what cannot be compressed. `kv` is unchanged.
+        ValueError: beams or several returned sequences, assisted decoding over a kv, what kvzip passes itself, no
+            positions left, and what cannot be compressed. `kv` is unchanged.
     """
     history = model.prompting.prefix_ids() if kv is None else _history(kv)
     closing = model.prompting.between_ids if keep and close_turn else []
     # Positions beside the answer's own: those of a kept turn's end; without one, the last new token is never fed.
     longest = max(len(query) for query in queries)
     options = _options(model, kwargs, kv, len(history) + longest, closing=len(closing) if keep else -1)
-    if len(queries) > 1 and any(options.get(name) is not None for name in _ASSISTED):
-        raise ValueError("assisted decoding takes one query at a time")
-    compressor = None if compress is None else _compressor(model, kv, compress, queries, options, keep=keep)
+    compressor = None if compress is None else _compressor(model, kv, compress, queries, keep=keep)
     # Padding is masked, whatever it is; as a token of the history it is no news to processors of logits.
     pad = history[0] if history else 0
     if kv is None:
@@ -92,14 +93,13 @@ def _compressor(
     kv: KVCache | None,
     how: Decoding,
     queries: list[list[int]],
-    options: dict[str, Any],
     *,
     keep: bool,
 ) -> Compressor:
     """What compresses a copy of `kv`.
 
     Raises:
-        ValueError: no kv, several queries, assisted decoding, or a kept turn of a kv that only masks.
+        ValueError: no kv, several queries, or a kept turn of a kv that only masks.
     """
     if not isinstance(how, Decoding):
         raise ValueError(f"compress must be a kvzip.Decoding, such as Decoding(tokens=2048), got {how!r}")
@@ -107,9 +107,6 @@ def _compressor(
         raise ValueError("compress needs a kv to compress: prefill the context, or the first part of the query")
     if len(queries) > 1:
         raise ValueError(f"compress takes one query at a time, got {len(queries)}")
-    assisted = [name for name in _ASSISTED if options.get(name) is not None]
-    if assisted:
-        raise ValueError(f"{assisted[0]} takes tokens back, which compress may have evicted; leave out one of them")
     if keep and kv.kv_type != "evict":
         raise ValueError(
             f"compress with update_cache=True evicts, which a kv of type {kv.kv_type!r} never does; use "
@@ -160,6 +157,7 @@ def _run(
 ) -> list[Tensor]:
     config = _effective_config(model, options)
     plan = None if kv is None or config is None else make_plan(config)
+    ends = None
     if plan is not None:
         assert kv is not None
         new = decode(model.model, kv, ids, mask, plan) if compressor is None else compressor.decode(ids, plan)
@@ -167,13 +165,52 @@ def _run(
         if compressor is not None:
             criteria = [*(options.get("stopping_criteria") or ()), compressor.between_steps()]
             options = {**options, "stopping_criteria": StoppingCriteriaList(criteria)}
+        elif len(ids) > 1:
+            options, ends = _watched_ends(options)
         attention_mask = torch.ones_like(ids) if mask is None else mask
         cache = {} if kv is None else {"past_key_values": kv}
         with nullcontext() if compressor is None else compressor.watching():
             output = model.model.generate(ids, attention_mask=attention_mask, **cache, **options)  # type: ignore[operator]
         new = (output if isinstance(output, Tensor) else output.sequences)[:, ids.shape[1] :]
+    stops = [None] * len(new) if ends is None else ends.counts(ids.shape[1])
     eos = torch.tensor(sorted(_eos_ids(model, options)), dtype=torch.int64)
-    return [_until(row, eos) for row in new.cpu()]
+    return [_until(row[:stop], eos) for row, stop in zip(new.cpu(), stops, strict=True)]
+
+
+class _Ends(StoppingCriteria):
+    """Ends rows by what the user asks for and remembers where: transformers goes on with them, or fills them up."""
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        self.criteria = criteria
+        self.lengths: list[int | None] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Whether each row (batch,) is to end."""
+        ended: Tensor = self.criteria(input_ids, scores, **kwargs)
+        now = input_ids.shape[1]
+        before = self.lengths or [None] * len(ended)
+        self.lengths = [now if known is None and end else known for known, end in zip(before, ended, strict=True)]
+        return ended
+
+    def counts(self, start: int) -> list[int | None]:
+        """Tokens behind the first `start` after which each row ended, None = it did not."""
+        return [None if length is None else length - start for length in self.lengths]
+
+
+def _watched_ends(options: dict[str, Any]) -> tuple[dict[str, Any], _Ends | None]:
+    """`options` with stop strings and the user's criteria in one that knows where rows end; None: there are none."""
+    options, criteria = dict(options), list(options.pop("stopping_criteria", None) or ())
+    config = options.get("generation_config")
+    strings = options.pop("stop_strings", None if config is None else config.stop_strings)
+    if strings is not None:
+        criteria.append(StopStringCriteria(options.pop("tokenizer"), strings))
+    if config is not None and config.stop_strings is not None:
+        options["generation_config"] = copy.deepcopy(config)
+        options["generation_config"].stop_strings = None
+    if not criteria:
+        return options, None
+    ends = _Ends(StoppingCriteriaList(criteria))
+    return {**options, "stopping_criteria": StoppingCriteriaList([ends])}, ends
 
 
 def _until(row: Tensor, eos: Tensor) -> Tensor:
@@ -199,10 +236,12 @@ def _options(
         count = options.get(name, getattr(config, name, None)) or 1
         if count != 1:
             raise ValueError(f"{name}={count} is not supported: a kvzip cache holds one sequence; expected 1")
-    hybrid = kv is not None and len(kv.context_layers) < len(kv.layers)
-    assisted = [name for name in _ASSISTED if options.get(name, getattr(config, name, None)) is not None]
-    if hybrid and assisted:
-        raise ValueError(f"{assisted[0]} is not supported with the sliding-window layers of {model.name}")
+    for name in _OURS:
+        if name in options:
+            raise ValueError(f"{name} is not an option of generate: kvzip passes its own")
+    assisted = [name for name in _ASSISTED if options.get(name, getattr(config, name, None)) not in (None, False)]
+    if kv is not None and assisted:
+        raise ValueError(f"{assisted[0]} is not supported over a kv: transformers would feed it the context again")
     room = _room(model, length, closing)
     if "generation_config" not in options:
         if options.get("max_length") is None:
@@ -213,18 +252,21 @@ def _options(
             for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
                 options.setdefault(name, None)
     wanted = options.get("max_new_tokens", getattr(config, "max_new_tokens", None))
-    most = options.get("max_length")
+    most = options.get("max_length", getattr(config, "max_length", None))
+    for name, limit in (("max_new_tokens", wanted), ("max_length", most)):
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Integral)):
+            raise ValueError(f"{name} must be a whole number, got {limit!r}")
     _check_room(model, wanted if wanted is not None or most is None else most - length, room)
     if options.get("stop_strings", getattr(config, "stop_strings", None)) is not None:
         options.setdefault("tokenizer", model.tokenizer)
+    settled: dict[str, Any] = {} if kv is None else {"use_cache": True}  # some checkpoints say False
     if options.get("pad_token_id", config.pad_token_id) is None:
-        pad = next(iter(_eos_ids(model, options)), 0)
-        if "generation_config" in options:  # transformers takes either that or single settings
-            options["generation_config"] = copy.deepcopy(config)
-            options["generation_config"].pad_token_id = pad
-        else:
-            options["pad_token_id"] = pad
-    return options
+        settled["pad_token_id"] = next(iter(_eos_ids(model, options)), 0)
+    if "generation_config" in options:  # transformers takes either that or single settings
+        options["generation_config"] = copy.deepcopy(config)
+        options["generation_config"].update(**settled)
+        return {name: value for name, value in options.items() if name not in settled}
+    return options | settled
 
 
 def _room(model: ModelKVzip, length: int, closing: int) -> int | None:
@@ -254,4 +296,4 @@ def _eos_ids(model: ModelKVzip, options: dict[str, Any]) -> set[int]:
     own = model.model.generation_config
     config = options.get("generation_config") or own
     eos = options.get("eos_token_id", own.eos_token_id if config.eos_token_id is None else config.eos_token_id)
-    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    return set() if eos is None else set(torch.as_tensor(eos).flatten().tolist())

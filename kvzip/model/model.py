@@ -141,7 +141,8 @@ class ModelKVzip(WrappedModel):
         """
         kv_type, offload = check_kv_type(self.kv_type if kv_type is None else kv_type), check_offload(offload)
         check_tokens(prefill_chunk_size=prefill_chunk_size)
-        scorers = check_scorers(None if load_score else scorer)
+        scorers = check_scorers(scorer)
+        scorers = [] if load_score else scorers
         budget = blocks.check_budget(budget_tokens, budget_nbytes, block)
         if budget or blocks.in_pieces(context):
             if load_score or query is not None:

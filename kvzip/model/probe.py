@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvzip.attention import Backend, install, restore
 from kvzip.kvcache import ContextLayer, KVCache, SlidingLayer
+from kvzip.version import __version__
 
 _CONTEXT, _TAIL = 5, 3
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
@@ -52,7 +53,8 @@ def check_architecture(model: PreTrainedModel, backend: Backend) -> Seams:
         if not isinstance(error, Exception):
             raise
         raise ValueError(
-            f"{name} cannot be used with kvzip (transformers {transformers.__version__}, attention {before!r}): {error}"
+            f"{name} cannot be used with kvzip {__version__} (transformers {transformers.__version__}, attention "
+            f"{before!r}): {error}"
         ) from error
 
 

@@ -4,8 +4,9 @@ The chat template is rendered once around markers and cut at them, so every temp
 pieces are tokenised separately, so that the ids of a context do not depend on the question that follows.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -113,7 +114,8 @@ class Prompting:
     def _messages_ids(self, messages: Sequence[Message]) -> list[int]:
         ids: list[int] = []
         for turn, message in enumerate(messages):
-            role, expected = message.get("role"), ("user", "assistant")[turn % 2]
+            expected = ("user", "assistant")[turn % 2]
+            role = message.get("role") if isinstance(message, Mapping) else None
             if role != expected or not isinstance(message.get("content"), str):
                 raise ValueError(f"message {turn} is {message!r}; expected role {expected!r} with a text as content")
             if role == "user":
@@ -148,12 +150,15 @@ def as_ids(ids: Sequence[int] | torch.Tensor, what: str) -> list[int]:
         ):
             raise ValueError(f"{what} ids must be integers of shape (n,) or (1, n), got {ids.dtype} {tuple(ids.shape)}")
         ids = ids.flatten().tolist()
+    if isinstance(ids, Mapping | Set):
+        raise ValueError(f"{what} must be a text or integer ids, got {type(ids).__name__} {list(ids)[:3]!r}; of what a "
+                         "tokenizer returns, pass ['input_ids']")  # fmt: skip
     if isinstance(ids, (bytes, bytearray)):
         raise ValueError(f"{what} must be a text or integer ids, got bytes {bytes(ids[:8])!r}; decode them first")
     found = list(ids) if isinstance(ids, Iterable) else [ids]
-    whole = all(isinstance(token, int) and not isinstance(token, bool) for token in found)
+    whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in found)
     if not isinstance(ids, Iterable) or not whole:
         raise ValueError(f"{what} must be a text or integer ids, got {found[:3]!r}")
     if not found:
         raise ValueError(f"{what} is empty")
-    return found
+    return [int(token) for token in found]

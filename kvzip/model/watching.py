@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,12 +30,10 @@ def inputs_of(modules: Iterable[nn.Module], inputs: dict[nn.Module, ModuleInputs
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         inputs[module] = ModuleInputs(hidden[0], kwargs.get("position_embeddings"))
 
-    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
-    try:
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Watch:

@@ -3,6 +3,7 @@
 import datetime
 import json
 import pickle
+import random
 from functools import cache
 from pathlib import Path
 
@@ -186,6 +187,23 @@ def test_a_damaged_tensor_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "heads.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"heads\.pt"):
         head_scores.load(tmp_path / "heads.pt")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_whatever_is_damaged_in_a_tensor_file_is_refused_by_name_or_harmless(tmp_path):
+    path, draw = tmp_path / "heads.pt", random.Random(0)
+    torch.save(torch.tensor(SCORES), path, _use_new_zipfile_serialization=False)
+    whole, refused = path.read_bytes(), 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(draw.randint(1, 4)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            head_scores.load(path)
+        except ValueError as error:
+            refused += str(path) in str(error) or "scores" in str(error)
+    assert refused > 100
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from kvzip import ModelKVzip
+from kvzip.kvcache import ContextLayer, KVCache
 from kvzip.scoring import LayerScorer
 from tests.tiny import build, ids
 
@@ -154,3 +157,64 @@ def test_what_a_kv_was_pruned_with_says_nothing_about_what_joins_it():
     kv.extend(MORE)
     assert kv.pruned_with == {}
     assert "ratio 0.3" not in repr(kv)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("step", ["absorb", "set_scores"])
+def test_what_is_interrupted_while_it_joins_the_context_does_not_join_it(monkeypatch, step, bits):
+    """In the middle: some layers have taken the new tokens over, others have not."""
+    kv = prefill()
+    kv.prune(0.5, bits=bits)
+    calls, owner = [], {"absorb": ContextLayer, "set_scores": KVCache}[step]
+    stock = getattr(owner, step)
+
+    def interrupted(self, *args):
+        calls.append(step)
+        if len(calls) == (3 if step == "absorb" else 1):
+            raise KeyboardInterrupt
+        return stock(self, *args)
+
+    monkeypatch.setattr(owner, step, interrupted)
+    before, logits = state(kv), model()(QUERY, kv)
+    with pytest.raises(KeyboardInterrupt):
+        model().extend(kv, MORE)
+    after = state(kv)
+    assert after[:-1] == before[:-1]
+    for old, new in zip(before[-1], after[-1], strict=True):
+        assert all(map(torch.equal, old, new))
+    assert kv.tail_length == 0
+    assert torch.equal(model()(QUERY, kv), logits)
+    monkeypatch.undo()
+    model().extend(kv, MORE)
+    assert kv.context_length == len(CONTEXT) + len(MORE)
+    kv.prune(0.2)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda kv: kv.prune_to([1]), r"keep must be a bool tensor of shape .* got \[1\]"),
+        (lambda kv: kv.set_scores("mine", None), "scores of 'mine' must be a tensor of shape .* got None"),
+        (lambda kv: kv.to(5.5), "device must be a device or one for each layer, got 5.5"),
+        (lambda kv: model().extend(kv, {"input_ids": [5, 6]}), "pass \\['input_ids'\\]"),
+        (lambda kv: model().extend(kv, {5, 6}), "got set"),
+        (lambda kv: model().prefill(CONTEXT, load_score=5), "by name, by path, or by several of them; got 5"),
+        (lambda kv: model().prefill(CONTEXT, load_score="x", scorer="bogus"), "unknown scorer 'bogus'"),
+        (lambda kv: model().compute_head_scores("Anna"), "got the text 'Anna'; pass \\[text\\]"),
+    ],
+)
+def test_things_of_another_kind(call, words):
+    check_refused(prefill(), call, words)
+
+
+@pytest.mark.parametrize("kind", ["mapping", "user dict"])
+def test_what_a_tokenizer_returns_is_no_context(kind):
+    found = {"input_ids": CONTEXT, "attention_mask": [1] * len(CONTEXT)}
+    with pytest.raises(ValueError, match=r"context must be a text or integer ids, .* pass \['input_ids'\]"):
+        model().prefill(BatchEncoding(found) if kind == "user dict" else found)
+
+
+def test_ids_may_be_numpys():
+    for ids_of in (np.array, list):
+        found = model().prefill(ids_of(np.array(CONTEXT)), prefix_ids=PREFIX, scorer="knorm")
+        assert torch.equal(model()(np.array(QUERY), found), model()(QUERY, prefill()))

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kvzip import ModelKVzip, data
 from tests.model.test_generation import VOCAB, byte_tokenizer
@@ -313,10 +314,30 @@ def test_an_error_in_the_middle_leaves_the_kv_as_it_was():
     assert answers(TEXTS, kv) == one_by_one(TEXTS, kv)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_assisted_decoding_of_a_list_is_refused(name):
-    with pytest.raises(ValueError, match=r"one query at a time|prompt_lookup_num_tokens is not supported"):
-        model_of(name).generate(TEXTS, prefill(name), prompt_lookup_num_tokens=3)
+class After(StoppingCriteria):
+    """Ends rows behind a token."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+@pytest.mark.parametrize("eos", [None, 7])
+def test_rows_that_stop_early_are_cut_there(eos):
+    """Transformers fills them up where there is an end-of-sequence token, and goes on with them where there is none."""
+    kv = prefill()
+    plain = answers(TEXTS, kv, eos_token_id=eos)
+    after = next(one for row in plain for one in row[:4] if any(one not in other for other in plain))
+    for stop in (
+        {"stopping_criteria": StoppingCriteriaList([After(after)])},
+        {"stop_strings": [model_of().tokenizer.decode([after])]},
+    ):
+        together = answers(TEXTS, kv, eos_token_id=eos, **stop)
+        assert together == one_by_one(TEXTS, kv, eos_token_id=eos, **stop)
+        assert together != plain
+        assert len({len(row) for row in together}) > 1
 
 
 # -- the bundled model -------------------------------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def test_what_does_not_go_together_is_refused_before_anything_runs():
         (ragged, Decoding("knorm", tokens=5, rescore=True), {}, "same number of pairs in every head"),
         (quantised, Decoding("knorm", tokens=5, rescore=True), {}, "full precision; this kv has 8 bits"),
         (None, how, {}, "needs a kv"),
-        (kv, how, {"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens takes tokens back"),
+        (kv, how, {"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens is not supported"),
         (kv, "knorm", {}, "compress must be a kvzip.Decoding.*'knorm'"),
         (prefill(kv_type="retain"), how, {"update_cache": True}, "'retain' never does"),
     ]

@@ -107,26 +107,41 @@ def test_the_answer_is_that_of_stock_generation(options):
         assert answer_ids(kv=kv, max_new_tokens=30, **options) == stock[0, prompt.shape[1] :].tolist()
 
 
-def test_assisted_decoding_is_refused_with_sliding_layers():
-    """Stock transformers answers wrongly there when the cache was filled before."""
-    model = model_of("gemma3_text")
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("option", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}, {"use_mtp": True}])
+def test_assisted_decoding_over_a_kv_is_refused(name, option):
+    """Transformers feeds the whole prompt again behind a cache that was filled before."""
+    model = model_of(name)
     kv = model.prefill(CONTEXT, scorer=None)
-    with pytest.raises(ValueError, match="prompt_lookup_num_tokens is not supported"):
-        model.generate(QUESTION, kv, prompt_lookup_num_tokens=3)
+    for options in (option, {"generation_config": GenerationConfig(**option)}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} is not supported over a kv"):
+            model.generate(QUESTION, kv, **options)
 
 
-def test_prompt_lookup_decoding_rolls_the_cache_back_by_itself():
-    """The greedy answer; the kv as before."""
-    model = model_of("llama")
-    kv = model.prefill(CONTEXT * 3, scorer="random")
-    kv.prune(0.7)
-    options = {"max_new_tokens": 20, "eos_token_id": None, "return_ids": True}
-    greedy, logits = model.generate(QUESTION, kv, **options).tolist(), model(ids(5), kv)
-    for _ in range(2):
-        assisted = model.generate(QUESTION, kv, prompt_lookup_num_tokens=3, **options)
-        assert assisted.tolist() == greedy
-        assert torch.equal(model(ids(5), kv), logits)
-        assert model.generate(QUESTION, kv, **options).tolist() == greedy
+@pytest.mark.parametrize("own", [False, True], ids=["option", "checkpoint"])
+def test_a_kv_is_used_whatever_is_said_of_use_cache(own, monkeypatch):
+    model, kv = model_of(), prefill()
+    options = {"max_new_tokens": 8, "eos_token_id": None, "return_ids": True}
+    greedy = model.generate(QUESTION, kv, **options).tolist()
+    slow = {"stop_strings": ["<never>"]} if own else {"stop_strings": ["<never>"], "use_cache": False}
+    if own:
+        monkeypatch.setattr(model.model.generation_config, "use_cache", False)
+    assert model.generate(QUESTION, kv, **slow, **options).tolist() == greedy
+    config = GenerationConfig(**{**options, "use_cache": False, "return_ids": None}, no_repeat_ngram_size=50)
+    assert model.generate(QUESTION, kv, generation_config=config, return_ids=True).tolist()[:2] == greedy[:2]
+    assert kv.tail_length == 0
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 5.5}, {"max_new_tokens": "5"}, {"max_length": 9.5}], ids=str)
+def test_a_limit_that_is_no_number_of_tokens_is_refused(options):
+    with pytest.raises(ValueError, match="must be a whole number, got"):
+        model_of().generate(QUESTION, prefill(), **options)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "past_key_values", "input_ids"])
+def test_what_kvzip_passes_itself_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is not an option of generate"):
+        model_of().generate(QUESTION, prefill(), **{name: ids(3)})
 
 
 def test_greedy_is_the_default_whatever_the_checkpoint_says(recwarn):
@@ -238,6 +253,7 @@ BAD_QUERIES = {
     "none": None,
     "number": 3,
     "assistant first": [{"role": "assistant", "content": "x"}],
+    "not messages only": [{"role": "user", "content": "x"}, "y"],
     "twice user": [{"role": "user", "content": "x"}] * 2,
     "system": [{"role": "system", "content": "x"}],
     "no content": [{"role": "user"}],

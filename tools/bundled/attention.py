@@ -61,6 +61,11 @@ class CausalBlocks(torch.autograd.Function):
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are fast there: a CPU without instructions for them takes 8 to 30 times as long."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Attend causally within one sample: q (num_heads, length, head_dim), k and v (num_kv_heads, ...); as q."""
     if q.device.type != "cpu":
