@@ -96,8 +96,8 @@ class Registry(Generic[T]):
             if not isinstance(call, ast.Call) or call.args or any(one.arg is None for one in call.keywords):
                 raise ValueError("settings are written name=value")
             return {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{self.what} {text!r} cannot be read: {error}") from None
+        except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+            raise ValueError(f"{self.what} {text!r} cannot be read: {str(error) or type(error).__name__}") from None
 
     def _discover(self) -> None:
         if self._discovered:

@@ -22,8 +22,12 @@ _DIGIT_WORD = re.compile(rf"\b({'|'.join(_DIGITS)})\b")
 # The minus in "10-5" is no sign, the one in "-$5", "$-5" and "= -5" is.
 _NUMBER = re.compile(r"(?:(?<![\w).])(-)[$€£]?)?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)")
 
+# Text in parentheses, perhaps with parentheses in it.
+_ASIDE = re.compile(r"\((?:[^()]|\([^()]*\))*\)")
+
 # "A" and "I" in front of a small letter begin a phrase, as in "A car" and "I think"; within a sentence only "I" does.
-_LETTER = r"((?:[B-HJ-Z]|[AI](?![ \t]+[a-z]))(?![\w'’-]))"
+# No phrase begins with "A is", "A was", "A because" or "I is".
+_LETTER = r"((?:[B-HJ-Z]|A(?![ \t]+(?!(?:is|was|because)\b)[a-z])|I(?![ \t]+(?!is\b)[a-z]))(?![\w'’-]))"
 _OPTIONS = (
     re.compile(rf"^[\s*\"]*(?:\(([A-Za-z])\)|{_LETTER}|([a-z])[\s.):*\"]*$)"),
     re.compile(rf"\b(?i:answer|option|choice)(?i:\s+is)?[\s:*\"]*(?:\(([A-Za-z])\)|{_LETTER})"),
@@ -180,16 +184,26 @@ def first_number(prediction: str, references: Sequence[str]) -> float:
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return a worked answer's result: the number behind the last "####" or "answer is", else the last number.
+    """Return a worked answer's result: the number behind the last "####", "answer is" or "answer:", else the last one.
 
-    Of a calculation in that line, "3 + 15 = 18", it is what stands behind the last equals sign.
+    Of a calculation in that line, "3 + 15 = 18", it is what stands behind the last equals sign; parentheses, "18 (= 2 *
+    9)", explain. Where words stand between "answer:" and numbers in several lines, it is worked: the last one counts.
     """
     for mark in ("####", "answer is", "answer:"):
         _, found, rest = text.casefold().rpartition(mark)
-        if found and (after := numbers(rest)):
-            line = next(line for line in rest.splitlines() if numbers(line))
-            return next(iter(numbers(line.rpartition("=")[2])), after[0])
+        lines = [line for line in rest.splitlines() if numbers(line)] if found else []
+        if lines and (mark != "answer:" or len(lines) == 1 or not re.match(r"\D*[^\W\d_]", rest)):
+            return _result(lines[0])
     return next(reversed(numbers(text)), None)
+
+
+def _result(line: str) -> Decimal:
+    """Return what a line with numbers gives: without its parentheses, if it has an equals sign or one number then."""
+    bare = _ASIDE.sub(" ", line)
+    sides = [line.rpartition("=")[2], line]
+    if "=" in bare or len(numbers(bare)) == 1:
+        sides.insert(0, bare.rpartition("=")[2])
+    return next(found[0] for side in sides if (found := numbers(side)))
 
 
 @best_of
@@ -212,7 +226,7 @@ def number_share(prediction: str, reference: str) -> float:
 def first_option(text: str) -> str | None:
     """Return the letter of the option that a text names first, or None.
 
-    "B", "(B)", "b.", "**B**", "Answer: B" and "I think it is (B)" name B; "A car" and "Answer: a car" name none. A
+    "B", "(B)", "b.", "**B**", "B is right" and "I think it is (B)" name B; "A car" and "Answer: a car" name none. A
     letter at the very beginning counts first, then one behind "answer", "option" or "choice", then "is B", then "(B)".
     """
     for pattern in _OPTIONS:

@@ -47,7 +47,7 @@ class KVzipLM(TemplateLM):
         *,
         ratio: float = 0.3,
         scorer: str = "kvzip",
-        level: str = "pair",
+        level: str | None = None,
         separator: str = "\n\n",
         max_length: int | None = None,
         max_gen_toks: int = 256,
@@ -61,7 +61,7 @@ class KVzipLM(TemplateLM):
         Args:
             pretrained: name of a model, see `ModelKVzip`, or one that is loaded.
             ratio: fraction of the context's KV pairs KEPT, in (0, 1]; 1 = no compression.
-            scorer, level: how to choose them, perhaps with settings.
+            scorer, level: how to choose them, perhaps with settings; level None = the scorer's own.
             separator: the question begins at the last one in the prompt that has something after it; "\\n" may be
                 written as a backslash and an n.
             max_length: tokens of prompt and answer; the beginning of longer contexts is left out. None = the model's.
@@ -72,13 +72,17 @@ class KVzipLM(TemplateLM):
             kwargs: for `ModelKVzip`: `dtype`, `backend`, `device_map`, `revision`, ...
 
         Raises:
-            ValueError: unknown name, ratio out of range, a tokenizer that does not tell offsets, or several processes.
+            ValueError: unknown name, a scorer that needs the question, ratio out of range, a tokenizer that does not
+                tell offsets, or several processes.
         """
         super().__init__()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("the harness's kvzip model runs in one process; use device_map=auto for several GPUs")
         check_ratio(ratio)
-        self.ratio, self.scorer, self.level = ratio, get_scorer(scorer), get_level(level)
+        self.ratio, self.scorer = ratio, get_scorer(scorer)
+        if self.scorer.needs_query:
+            raise ValueError(f"scorer {scorer!r} scores a context for one question; here it is compressed before any")
+        self.level = get_level(self.scorer.level if level is None else level)
         if not isinstance(pretrained, ModelKVzip):
             if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
                 device = None  # the harness's command line asks for a GPU unless told otherwise

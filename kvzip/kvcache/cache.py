@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvzip.attention import Focus, TailFocus
 from kvzip.devices import check_device
 from kvzip.kvcache import pruning
 from kvzip.kvcache.layer import ContextLayer
-from kvzip.kvcache.observer import Observer
 from kvzip.kvcache.offload import brought_back
 from kvzip.kvcache.owner import Owned
 from kvzip.kvcache.pruning import Scores
@@ -246,35 +244,6 @@ class KVCache(ScoredContext, Owned):
             finally:
                 if drop:
                     self.input_ids = ids
-
-    @contextmanager
-    def unmasked(self) -> Iterator[None]:
-        """Attend to everything that is stored inside the block, whatever is masked."""
-        before = [layer.context for layer in self.context_layers]
-        try:
-            for layer in self.context_layers:
-                layer.context = layer.store.masked(None)
-            yield
-        finally:
-            for layer, context in zip(self.context_layers, before, strict=True):
-                layer.context = context
-
-    @contextmanager
-    def observe(self, observer: Observer, focus: Focus | TailFocus | None = None) -> Iterator[None]:
-        """Call `observer` after every attention inside the block, with log-sum-exp over `focus`, None = all keys."""
-        before = [(layer.observer, layer.focus) for layer in self.context_layers]
-        try:
-            for layer in self.context_layers:
-                layer.observer, layer.focus = observer, focus
-            yield
-        finally:
-            for layer, held in zip(self.context_layers, before, strict=True):
-                layer.observer, layer.focus = held
-
-    def compact(self) -> None:
-        """Give back memory that holds nothing: tail buffers where no turn is kept, and what sliding windows left."""
-        for layer in self.layers:
-            layer.compact()
 
     def absorb(self, ids: Sequence[int], scored: Mapping[str, Scores]) -> None:
         """Make the tail, or its beginning, a part of the context.

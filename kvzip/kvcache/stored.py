@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvzip.attention import Focus, TailFocus
 from kvzip.kvcache.layer import ContextLayer
+from kvzip.kvcache.observer import Observer
 from kvzip.kvcache.offload import move_stores
 from kvzip.kvcache.sliding import SlidingLayer
 from kvzip.kvcache.store import FULL, check_range, nbytes_of
@@ -143,3 +146,34 @@ class StoredContext(Cache):
             layer.sealed_length * layer.token_nbytes if isinstance(layer, ContextLayer) else layer.nbytes
             for layer in self.layers
         )
+
+    # -- inside a block ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def unmasked(self) -> Iterator[None]:
+        """Attend to everything that is stored inside the block, whatever is masked."""
+        before = [layer.context for layer in self.context_layers]
+        try:
+            for layer in self.context_layers:
+                layer.context = layer.store.masked(None)
+            yield
+        finally:
+            for layer, context in zip(self.context_layers, before, strict=True):
+                layer.context = context
+
+    @contextmanager
+    def observe(self, observer: Observer, focus: Focus | TailFocus | None = None) -> Iterator[None]:
+        """Call `observer` after every attention inside the block, with log-sum-exp over `focus`, None = all keys."""
+        before = [(layer.observer, layer.focus) for layer in self.context_layers]
+        try:
+            for layer in self.context_layers:
+                layer.observer, layer.focus = observer, focus
+            yield
+        finally:
+            for layer, held in zip(self.context_layers, before, strict=True):
+                layer.observer, layer.focus = held
+
+    def compact(self) -> None:
+        """Give back memory that holds nothing: tail buffers where no turn is kept, and what sliding windows left."""
+        for layer in self.layers:
+            layer.compact()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,16 @@ def test_infinitebench_math_calc_counts_leading_values() -> None:
     assert score("[1, 4, 9, 8]", ["1", "4", "8", "9"]) == 0.5
     assert score("4, 1", ["1", "4"]) == 0.0
     assert score("1, 4, 8, 9, 10", ["1", "4", "8", "9"]) == 1.0
+    assert score("01, " + "4" * 5000, ["1", "4" * 5000]) == 1.0
+
+
+def test_infinitebench_has_a_letter_for_every_option(tmp_path: Path) -> None:
+    options = [f"f{number:02}" for number in range(26)]
+    row = {"context": "c", "input": "", "answer": ["f25"], "options": options}
+    write_jsonl(tmp_path / "code_debug.jsonl", [row])
+    record = only("infinitebench_code_debug", tmp_path)
+    assert record.questions[0].endswith("\nY. f24\nZ. f25")
+    assert record.answers == [["Z", "f25"]]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +134,9 @@ def test_infinitebench_math_calc_counts_leading_values() -> None:
         ("math_find", {"input": "what?", "answer": 1}, "does not say which number"),
         ("code_debug", {"input": "", "answer": ["z"], "options": ["a", "b"]}, "answer 'z' is none of the options"),
         ("passkey", {"input": "what?"}, "no field 'answer'"),
+        ("math_calc", {"input": "", "answer": [1, "x"]}, "field 'answer' must be whole numbers, not 'x'"),
+        ("math_calc", {"input": "", "answer": 1.5}, "field 'answer' must be whole numbers, not '1.5'"),
+        ("code_debug", {"input": "", "answer": "1", "options": list(range(27))}, "27 options, more than 26 letters"),
     ],
 )
 def test_infinitebench_of_another_form_is_refused(tmp_path: Path, name: str, row: dict, message: str) -> None:
@@ -171,6 +185,7 @@ def test_loogle_clozes_score_the_share_of_masks(tmp_path: Path, answer: Any) -> 
         ("{'<mask-0>': 'bob'}", 0.0),
         ("Bob, Rome", 0.0),
         ("{Bob}", 0.0),
+        ("{{'<mask-0>': 'Bob'}}", 0.0),
         ("", 0.0),
     ):
         assert scores(record, [prediction]) == [expected], prediction
@@ -181,4 +196,14 @@ def test_loogle_clozes_of_the_hub_are_lists(tmp_path: Path) -> None:
     assert scores(only("loogle_shortdep_cloze", tmp_path), ["{'<mask-0>': 'Bob'}"]) == [1.0]
     write_jsonl(tmp_path / "shortdep_cloze.jsonl", [{"context": "D.", "question": "<mask-0>", "answer": "Bob"}])
     with pytest.raises(ValueError, match="line 1: field 'answer' must say which entity"):
+        only("loogle_shortdep_cloze", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "answer", ["{[1]: 2}", "{'a': {1}}", "{'a': None}", {"a": "\ud800"}, "{(1, 2): 'a'}", "{'a': b''}"]
+)
+def test_loogle_clozes_of_another_form_are_refused(tmp_path: Path, answer: Any) -> None:
+    row = {"context": "D.", "question": "<mask-0>", "answer": answer}
+    (tmp_path / "shortdep_cloze.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"shortdep_cloze\.jsonl, line 1: .*field 'answer'"):
         only("loogle_shortdep_cloze", tmp_path)

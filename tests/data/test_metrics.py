@@ -8,6 +8,7 @@ from decimal import Decimal
 
 import pytest
 
+from kvzip import data
 from kvzip.data import metrics
 from kvzip.data.registry import Metric
 
@@ -115,6 +116,20 @@ def test_gsm8k_takes_what_a_calculation_gives(prediction: str) -> None:
     assert metrics.gsm8k_number(f"{prediction}\nIt was 4 = 2 + 2.", ["18"]) == 1.0
 
 
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "Answer: Janet sells 16 - 3 - 4 = 9 eggs.\nShe makes 9 * 2 = $18 every day.", "Answer: She makes $18 a day.",
+        "Answer:\nShe sells 9 eggs.\nThat is $18.", "Answer: Let me think.\n16 - 7 = 9\n9 * 2 = 18",
+        "The answer is $18 (= 2 * 9).", "The answer is $18 (= 2 * (4 + 5)).", "The answer is 2 * 9 = 18 (9 a dollar).",
+        "The answer is 9 * 2 (= 18).", "The answer is 2 * (4 + 5) = 18", "The answer is (18)", "The answer is x = (18)",
+        "**Answer:** $18\nShe sells 9 eggs, at 2 dollars each.",
+    ],
+)  # fmt: skip
+def test_gsm8k_tells_the_result_from_what_leads_to_it(prediction: str) -> None:
+    assert metrics.gsm8k_number(prediction, ["18"]) == 1.0
+
+
 def test_gsm8k_reads_commas_and_worked_references() -> None:
     assert metrics.gsm8k_number("It costs 70,000 dollars", ["He paid 5 #### 70000"]) == 1.0
     assert metrics.gsm8k_number("It costs 70 dollars", ["70,000"]) == 0.0
@@ -146,7 +161,9 @@ def test_number_share_punishes_guesses(prediction: str, reference: str, expected
         ("The correct answer is **D**.", "D"), ("It is B.", "B"), ("(B) is wrong, the answer is (A)", "B"),
         ("The answer is: (E)", "E"), ("Option C", "C"), ("I", "I"), ("Correct: D", None), ("A car", None),
         ("Answer: A car", None), ("Answer: a car", None), ("I think so", None), ("Bob", None), ("Vitamin C", None),
-        ("", None),
+        ("", None), ("A is correct", "A"), ("A is the correct answer.", "A"), ("A was it", "A"), ("A because ...", "A"),
+        ("A: a car", "A"), ("Option A is correct", "A"), ("Answer: A because it is", "A"), ("I is correct", "I"),
+        ("A dog is here", None), ("A isolated dog", None), ("Answer: A dog is here", None), ("I was wrong", None),
     ],
 )  # fmt: skip
 def test_the_option_named_first_counts(text: str, letter: str | None) -> None:
@@ -206,3 +223,24 @@ def test_first_line_cuts_before_the_metric() -> None:
 def test_without_references_nothing_is_right() -> None:
     for metric in (metrics.token_f1, metrics.string_match_all, metrics.string_match_part, metrics.substring):
         assert metric("anything", []) == 0.0
+
+
+NASTY = (
+    "", "{{'a': 'b'}}", "1" * 5000, "-" * 6000, "\ud800", "{'\ud800': 1}", "-" * 5000 + "1", "(" * 5000 + "= 1)",
+    *(f"```python\n{code}\n```" for code in ("-" * 5000 + "1", "(" * 5000, "def f():\n    '\ud800'", "\0")),
+)  # fmt: skip
+GOLDS = {
+    "loogle_shortdep_cloze": '{"<mask-0>": "Bob"}',
+    "longbench_trec": "City",
+    **dict.fromkeys((name for name in data.names() if "many_shot" in name or "choice" in name), "(B)"),
+    "infinitebench_code_debug": "B",
+}
+
+
+@pytest.mark.parametrize("name", data.names())
+def test_no_answer_is_too_strange_for_a_metric(name: str) -> None:
+    for package in ("jieba", "rouge_score", "nltk"):
+        pytest.importorskip(package)
+    gold = GOLDS.get(name, "18")
+    for text in (*NASTY, gold):
+        assert 0 <= data.score(name, text, [gold, gold]) <= 1

@@ -311,9 +311,13 @@ def test_missing_and_broken_files_are_named(tmp_path):
         next(data.load("scbench_many_shot_tiny"))
     with pytest.raises(FileNotFoundError, match=r"none of date_understanding.json, .* get them from https"):
         next(data.load("scbench_many_shot", data_dir=tmp_path))
-    (tmp_path / "date_understanding.json").write_text('{"examples": [{"input": "no target"}]}')
-    with pytest.raises(ValueError, match=r"date_understanding.json is no BIG-Bench Hard task"):
-        next(data.load("scbench_many_shot", data_dir=tmp_path))
+    wrong = [{"input": "no target"}, {"input": "\ud800", "target": "(A)"}, {"input": "no letter", "target": "yes"}, 3]
+    for number, example in enumerate(wrong):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "date_understanding.json").write_text(json.dumps({"examples": [example]}))
+        with pytest.raises(ValueError, match=r"date_understanding.json is no BIG-Bench Hard task"):
+            next(data.load("scbench_many_shot", data_dir=folder))
 
 
 def test_too_few_examples_are_refused():

@@ -157,6 +157,24 @@ def test_hotpotqa_of_another_form_is_refused(tmp_path: Path, context: Any) -> No
         list(data.load("hotpotqa", data_dir=tmp_path))
 
 
+@pytest.mark.parametrize("context", [[["Ann", ["\ud800"]]], [["\ud800", ["Ann is."]]], [["Ann", [None]]], [["Ann", 3]]])
+def test_hotpotqa_takes_valid_texts_only(tmp_path: Path, context: Any) -> None:
+    (tmp_path / "dev_distractor.json").write_text(json.dumps([{**HOTPOT[0], "context": context}]))
+    with pytest.raises(ValueError, match=r"item 1: field 'context' (must be|is no valid Unicode)"):
+        list(data.load("hotpotqa", data_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("Yes.", "yes", 1.0), ("yes, both", "yes", 0.0), ("no", "no one", 0.0), ("noanswer", "none", 0.0),
+        ("yes it is", "it is", 0.8), ("no", "yes", 0.0),
+    ],
+)  # fmt: skip
+def test_hotpotqa_has_no_half_right_yes_or_no(prediction: str, reference: str, expected: float) -> None:
+    assert data.score("hotpotqa", prediction, [reference]) == pytest.approx(expected)
+
+
 # GSM8K.
 
 
@@ -181,3 +199,7 @@ def test_gsm8k_split_and_malformed_answers(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "test.jsonl", [{"question": "A. B?", "answer": "12"}])
     with pytest.raises(ValueError, match=r"test\.jsonl, line 1: the answer has no '####'"):
         list(data.load("gsm8k", data_dir=tmp_path))
+    for result in ("none", ""):
+        write_jsonl(tmp_path / "test.jsonl", [{"question": "A. B?", "answer": f"1 + 2\n#### {result}"}])
+        with pytest.raises(ValueError, match=rf"line 1: the answer's result '{result}' is no number"):
+            list(data.load("gsm8k", data_dir=tmp_path))

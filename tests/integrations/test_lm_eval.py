@@ -104,8 +104,19 @@ def test_mistakes_are_told(model):
         lm(model, ratio=2)
     with pytest.raises(ValueError, match="did you mean 'kvzip'"):
         lm(model, scorer="kvzop")
+    with pytest.raises(ValueError, match="scorer 'finch' scores a context for one question"):
+        lm(model, scorer="finch")
     with pytest.raises(ValueError, match="cannot be shortened to 4"):
         Parts((1,), (2, 3), (4, 5, 6, 7), True).shortened(4)
+
+
+def test_the_level_is_the_scorers_own_unless_told(model):
+    assert [str(lm(model, scorer=one).level) for one in ("kvzip", "tova", "kvcompose")] == [
+        "pair",
+        "pair-uniform",
+        "kvcompose",
+    ]
+    assert str(lm(model, scorer="tova", level="pair").level) == "pair"
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------

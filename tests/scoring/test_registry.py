@@ -199,3 +199,11 @@ def test_a_built_in_name_is_taken_before_anything_was_looked_up():
 def test_a_setting_of_the_wrong_kind_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=r"scorer .*window_size"):
         get_scorer(text)
+
+
+@pytest.mark.parametrize(
+    "value", ["{[1]: 2}", "-" * 6000 + "1", "1" + "+1" * 6000, "(" * 300], ids=lambda text: text[:8]
+)
+def test_settings_that_cannot_be_read_are_refused_with_a_reason(value: str) -> None:
+    with pytest.raises(ValueError, match=r"scorer 'kvzip\(chunk_size=.* cannot be read: \w"):
+        get_scorer(f"kvzip(chunk_size={value})")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvzip.data.files import Row, Source, chosen
 from kvzip.data.filler import counter
-from kvzip.data.metrics import gsm8k_number
+from kvzip.data.metrics import gsm8k_number, numbers
 from kvzip.data.record import Record
 from kvzip.data.registry import Dataset, Options, register
 
@@ -33,6 +33,8 @@ def _record(row: Row) -> Record:
     _, mark, result = row.text("answer").rpartition("####")
     if not mark:
         raise ValueError(f"{row.where}: the answer has no '####' in front of its result")
+    if not numbers(result):
+        raise ValueError(f"{row.where}: the answer's result {result.strip()[:40]!r} is no number")
     return Record(
         context=context, questions=[question], answers=[[result.strip()]], max_new_tokens=MAX_NEW_TOKENS, task="gsm8k"
     )

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvzip.data.files import Row, Source, chosen
-from kvzip.data.metrics import token_f1
+from kvzip.data.metrics import best_of, normalize_squad, token_f1
 from kvzip.data.record import Record
 from kvzip.data.registry import Dataset, Options, register
 
 MAX_NEW_TOKENS = 32
+_WHOLE = {"yes", "no", "noanswer"}  # answers that have no parts
 
 SOURCE = Source(
     folder="hotpotqa",
@@ -20,6 +21,16 @@ SOURCE = Source(
     split="validation",
     origin="https://hotpotqa.github.io",
 )
+
+
+@best_of
+def answer_f1(prediction: str, reference: str) -> float:
+    """Return `token_f1`, but 0 where either side is yes, no or noanswer and the other is not the same.
+
+    As in the benchmark's own script: https://github.com/hotpotqa/hotpot/blob/master/hotpot_evaluate_v1.py
+    """
+    sides = {normalize_squad(prediction), normalize_squad(reference)}
+    return 0.0 if len(sides) > 1 and sides & _WHOLE else token_f1(prediction, [reference])
 
 
 @dataclass(frozen=True)
@@ -49,14 +60,14 @@ def _paragraphs(row: Row) -> list[str]:
             pairs = list(zip(found["title"], found["sentences"], strict=True))
         else:
             pairs = [(one["title"], one["sentences"]) if isinstance(one, dict) else (one[0], one[1]) for one in found]
-        if any(isinstance(sentences, str) for _, sentences in pairs):
+        if not all(isinstance(sentences, list) for _, sentences in pairs):
             raise TypeError("sentences must be a list")
-        texts = [f"{title}\n{''.join(sentences)}" for title, sentences in pairs]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(f"{row.where}: field 'context' must be pairs of a title and sentences") from error
-    if not texts:
+    if not pairs:
         raise ValueError(f"{row.where}: field 'context' is empty")
-    return texts
+    checked = (row.as_texts([title, *sentences], "field 'context'") for title, sentences in pairs)
+    return [f"{title}\n{''.join(sentences)}" for title, *sentences in checked]
 
 
 def load(options: Options) -> Iterator[Record]:
@@ -71,4 +82,5 @@ def load(options: Options) -> Iterator[Record]:
         )
 
 
-register(Dataset("hotpotqa", "HotpotQA: a question that takes two paragraphs of ten; F1 of words", load, token_f1))
+_SUMMARY = "HotpotQA: a question that takes two paragraphs of ten; F1 of words, yes and no as a whole"
+register(Dataset("hotpotqa", _SUMMARY, load, answer_f1))

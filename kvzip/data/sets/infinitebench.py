@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
+from string import ascii_uppercase
 
 from kvzip.data.files import Row, Source, group_by_context
 from kvzip.data.metrics import character_f1, choice, first_number, numbers, rouge_l, string_match_part, token_f1
@@ -31,7 +33,7 @@ def leading_numbers(prediction: str, references: Sequence[str]) -> float:
     """Return the fraction of the references, numbers in their order, up to the first that the prediction has not."""
     right = 0
     for found, reference in zip(re.findall(r"\d+", prediction), references, strict=False):
-        if int(found) != int(reference):
+        if Decimal(found) != Decimal(reference):  # unlike int, of any length
             break
         right += 1
     return right / len(references)
@@ -48,7 +50,11 @@ def _calculation(row: Row) -> Asked:
     """Ask for all values in their order; they are a list, or a list in a list."""
     answer = row["answer"]
     nested = isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], list)
-    return "Values:", "", row.as_texts(answer[0] if nested else answer, "field 'answer'")
+    values = row.as_texts(answer[0] if nested else answer, "field 'answer'")
+    for value in values:
+        if not re.fullmatch(r"-?\d+", value):
+            raise ValueError(f"{row.where}: field 'answer' must be whole numbers, not {value[:40]!r}")
+    return "Values:", "", values
 
 
 def _function_call(row: Row) -> Asked:
@@ -72,10 +78,11 @@ def _option(question: str, prefix: str) -> Callable[[Row], Asked]:
         options, answer = row.texts("options"), row.texts("answer")[0]
         if answer not in options:
             raise ValueError(f"{row.where}: answer {answer!r} is none of the options {options}")
-        letters = "ABCDEFGHIJ"
-        listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=False))
+        if len(options) > len(ascii_uppercase):
+            raise ValueError(f"{row.where}: {len(options)} options, more than {len(ascii_uppercase)} letters")
+        listed = "\n".join(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
         asked = f"{question.replace('{input}', row.text('input'))}\n{listed}"
-        return asked, prefix, [letters[options.index(answer)], answer]
+        return asked, prefix, [ascii_uppercase[options.index(answer)], answer]
 
     return ask
 

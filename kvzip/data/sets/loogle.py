@@ -24,7 +24,7 @@ def _literal(text: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
     return None
 
@@ -113,6 +113,8 @@ def _references(row: Row, name: str, task: Task) -> list[str]:
         found = {f"<mask-{number}>": entity for number, entity in enumerate(found)}
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{row.where}: field {name!r} must say which entity each mask stands for, not {row[name]!r}")
+    for part in (*found, *found.values()):
+        row.as_texts(part, f"a mask or an entity of field {name!r}")
     return [json.dumps(found, ensure_ascii=False)]
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from kvzip.data import words
+from kvzip.data.files import Row
 from kvzip.data.filler import counter
-from kvzip.data.metrics import option_letter
+from kvzip.data.metrics import first_option, option_letter
 from kvzip.data.record import Record
 from kvzip.data.registry import Dataset, Options, register
 from kvzip.data.sets.scbench import LENGTHS, NUM_QUESTIONS, check
@@ -59,9 +60,13 @@ def read_examples(data_dir: Path) -> dict[str, tuple[Example, ...]]:
 
 def _read(path: Path) -> tuple[Example, ...]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["examples"]
-        return tuple(Example(str(one["input"]), str(one["target"])) for one in found)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        rows = Row(json.loads(path.read_text(encoding="utf-8")), str(path)).mappings("examples")
+        found = tuple(Example(row.text("input"), row.text("target")) for row in rows)
+        for row, one in zip(rows, found, strict=True):
+            if first_option(one.answer) is None:
+                raise ValueError(f"{row.where}: field 'target' must name an option such as '(A)', not {one.answer!r}")
+        return found
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f'{path} is no BIG-Bench Hard task with "examples" of "input" and "target": {error!r}'
         ) from error

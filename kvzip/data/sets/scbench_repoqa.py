@@ -176,7 +176,7 @@ def code_of(prediction: str) -> str:
     code = textwrap.dedent(block[1]).strip("\n")
     try:
         found = next((node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef)), None)
-    except SyntaxError:
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # no Python, no Unicode, or brackets without end
         return code
     return code if found is None else ast.get_source_segment(code, found) or code
 
