@@ -2,7 +2,7 @@
 """Sweep the fraction of KV pairs kept: prefill each context once, prune by every scorer, level, ratio and bits, ask.
 
 One JSON line an answer goes to the output folder as it comes. Stopped and started again, the same command goes on where
-it was. Under torchrun, `accelerate launch` or SLURM (tasks, arrays) the contexts are split among the processes.
+it was. Under torchrun, `accelerate launch` or SLURM (srun, arrays) the contexts are split among the processes.
 
   python eval.py -m bundled -d facts,kv --scorer kvzip,random --ratio 0.1,0.3,0.5,1.0 --num 10
   torchrun --nproc-per-node 8 eval.py -m qwen2.5-7b -d niah:8k --scorer kvzip,snapkv -n 100
@@ -185,8 +185,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = report_parser().parse_args(arguments[1:]) if wants_report else sweep_parser().parse_args(arguments)
     try:
         (print_report if wants_report else sweep)(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return told("interrupted; what is computed is kept, the same command goes on", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit: nobody reads any more
+        return 1
     except Exception as error:
         from kvzip.evaluation.commands import is_mistake, message
 

@@ -101,7 +101,7 @@ class Asked:
                 "per_token": found.seconds_per_token,
             }
             for question, text, tokens in zip(batch, found.texts, found.tokens, strict=True):
-                score = self.sample.source.dataset.score(text, record.answers[question])
+                score = self.sample.source.score(text, record.answers[question])
                 for cell in cells:
                     line = Line(
                         dataset=self.sample.source.label,
@@ -117,7 +117,7 @@ class Asked:
                         context_tokens=kv.context_length,
                         kv_bytes=kv.nbytes,
                         full_kv_bytes=kv.full_nbytes,
-                        score=float(score),
+                        score=score,
                         prediction=text,
                         references=list(record.answers[question]),
                         prompt=record.questions[question],

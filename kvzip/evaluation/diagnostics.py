@@ -79,7 +79,8 @@ def trace_answer(model: ModelKVzip, kv: KVCache, query_ids: Sequence[int], answe
 
     Args:
         query_ids: what `model.apply_template` gave for the question.
-        answer_ids: the answer; may be empty.
+        answer_ids: the answer, with its end-of-sequence token where it was not cut off: an answer that goes on is
+            another one. May be empty.
 
     Raises:
         ValueError: an empty query, or what `model(ids, kv)` refuses: a kv of another model, no positions left.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip.evaluation.lines import Key, Line, read_lines
-from kvzip.evaluation.results import Refusal, difference, read_state
+from kvzip.evaluation.results import Refusal, difference, is_started, read_state
 from kvzip.evaluation.shards import Shard
 
 # Settings in which sweeps in one report may differ: they say what is compared, not how.
@@ -55,11 +55,11 @@ def merge(paths: Iterable[Path]) -> Results:
         own = _common(states)
         for other, before in settings.items():
             apart = set(before["data"]).isdisjoint(own["data"])
-            name = difference(before, own, (*AXES, *OF_DATA) if apart else AXES)
-            if name is not None:
+            found = difference(before, own, (*AXES, *OF_DATA) if apart else AXES)
+            if found is not None:
                 raise ValueError(
-                    f"{other} and {folder} cannot be compared: {name} is {before.get(name)!r} in one and "
-                    f"{own.get(name)!r} in the other"
+                    f"{other} and {folder} cannot be compared: {found.name} is {found.one!r} in one and "
+                    f"{found.other!r} in the other"
                 )
         settings[str(folder)] = own
         lines = []
@@ -83,10 +83,13 @@ def _sweeps(paths: Iterable[Path]) -> dict[Path, dict[Path, dict[str, Any]]]:
     sweeps: dict[Path, dict[Path, dict[str, Any]]] = {}
     for folder, files in _folders(paths).items():
         states = {file: read_state(file.with_suffix(".json")) for file in files}
-        names = {file.stem for file in files}
+        started = {file: state for file, state in states.items() if is_started(file, state)}
+        states = started or dict(list(states.items())[:1])
+        names = {file.stem for file in states}
         for there in sweeps.values():
             same = {Shard.named(name).count for name in names} == {Shard.named(file.stem).count for file in there}
-            if same and names.isdisjoint(file.stem for file in there) and _common(there) == _common(states):
+            apart = names.isdisjoint(file.stem for file in there)
+            if same and apart and difference(_common(there), _common(states)) is None:
                 there |= states
                 break
         else:
@@ -122,11 +125,11 @@ def _common(states: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
     }
     (first, one), *others = all_settings.items()
     for file, other in others:
-        name = difference(one, other)
-        if name is not None:
+        found = difference(one, other)
+        if found is not None:
             raise ValueError(
-                f"{first} and {file} are not of one sweep: {name} is {one.get(name)!r} in one and "
-                f"{other.get(name)!r} in the other"
+                f"{first} and {file} are not of one sweep: {found.name} is {found.one!r} in one and "
+                f"{found.other!r} in the other"
             )
     return {name: value for name, value in one.items() if name != "shards"}
 

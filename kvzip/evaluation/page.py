@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from kvzip.evaluation.merge import Results
 from kvzip.evaluation.plots import Plot
 from kvzip.evaluation.summary import Point
-from kvzip.evaluation.tables import INTERVAL, Table, tables
+from kvzip.evaluation.tables import Table, explanation, tables
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -29,7 +29,7 @@ def page(results: Results, points: Sequence[Point], pictures: Sequence[Plot]) ->
         items = "".join(f"<li>{html.escape(note)}</li>" for note in results.notes)
         parts.append(f'<ul class="notes">{items}</ul>')
     parts += [_table(table) for table in tables(points)]
-    parts.append(f"<p>{html.escape(INTERVAL)}</p>")
+    parts.append(f"<p>{html.escape(explanation(points))}</p>")
     parts += [_image(plot) for plot in pictures]
     for title, value in (("Settings", results.settings), ("Made with", _unique(results.runs))):
         text = html.escape(json.dumps(value, indent=1, ensure_ascii=False))

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvzip.evaluation.lines import Line
 from kvzip.evaluation.summary import Curve, Point
-from kvzip.evaluation.tables import bits_of, curve_name, levels_of
+from kvzip.evaluation.tables import bits_of, curve_name, is_off, levels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,7 +145,9 @@ def needle_figure(lines: Sequence[Line]) -> Figure:
                 counts[row, column] += 1
         means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
         axes.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axes.set_title(f"kept {ratio:g}", fontsize="medium")
+        kept = float(np.mean([line.kept for line in lines if line.ratio == ratio]))
+        asked = f"asked {ratio:g}, kept {kept:.2f}" if is_off(ratio, kept) else f"kept {ratio:g}"
+        axes.set_title(asked, fontsize="medium")
         axes.set_xticks(range(len(lengths)), lengths, rotation=45)
         axes.set_yticks(range(len(depths)), depths)
     for axes in panels.flat[len(ratios) :]:

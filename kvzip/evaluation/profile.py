@@ -80,7 +80,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class QuestionProfile:
-    """A question, its reference answers, the answers of both caches, and what changed in the full cache's answer."""
+    """A question, its reference answers, the answers of both caches, and what changed in the full cache's answer.
+
+    The end-of-sequence token is one of the tokens that change, unless the answer was cut off.
+    """
 
     question: str
     references: list[str]

@@ -126,9 +126,7 @@ def facts(contexts: Sequence[ContextProfile], kv_type: str) -> str:
         f"answers          mean score {found['full_score']:.3f} full, {found['pruned_score']:.3f} pruned; "
         f"{found['same_answers']} of {found['questions']} are the same text",
     ]
-    if not change["tokens"]:
-        return "\n".join([*lines, "The full cache's answers are empty: they have no tokens that could change."])
-    lines.append("Tokens of the full cache's own answers, fed to both caches, pruned minus full:")
+    lines.append("Tokens of the full cache's own answers and their ends, fed to both caches, pruned minus full:")
     for name, key, unit in (("log-probability", "logprob", "nats"), ("top-1 margin", "margin", "logits")):
         mean, worst = (_signed(change[f"{key}_change_{which}"]) for which in ("mean", "worst"))
         lines.append(f"{name:<16} {mean} mean, {worst} worst ({unit})")

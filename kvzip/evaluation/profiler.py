@@ -43,13 +43,14 @@ def profile_context(model: ModelKVzip, sample: Sample, settings: Settings, meter
     heads = _head_scores(model, kv, f"{sample}, scored by {settings.scorer}") if kv.scorers else None
     full, answering = _answer_all(model, kv, asked, longest, meter, "full")
     stages += answering
-    before = [trace_answer(model, kv, *pair) for pair in zip(asked, full, strict=True)]
+    traced = [_with_end(model, kv, ids, answer, longest) for ids, answer in zip(asked, full, strict=True)]
+    before = [trace_answer(model, kv, *pair) for pair in zip(asked, traced, strict=True)]
     meter.start()
     kv.prune(settings.ratio, settings.level, bits=settings.bits)
     stages.append(meter.stop("prune", kv))
     pruned, answering = _answer_all(model, kv, asked, longest, meter, "pruned")
     stages += answering
-    after = [trace_answer(model, kv, *pair) for pair in zip(asked, full, strict=True)]
+    after = [trace_answer(model, kv, *pair) for pair in zip(asked, traced, strict=True)]
     questions = [
         QuestionProfile(
             question,
@@ -93,6 +94,17 @@ def timed_answer(
     return answer.tolist(), read[0], meter.stop("decode", kv, tokens=steps, cache=cache)
 
 
+def _with_end(model: ModelKVzip, kv: KVCache, query_ids: list[int], answer: list[int], longest: int) -> list[int]:
+    """The answer and the token that ended it, the likeliest of several that may; as it is where it was cut off."""
+    end = model.model.generation_config.eos_token_id
+    if end is None or len(answer) == longest:
+        return answer
+    if not isinstance(end, int):
+        logits = model([*query_ids, *answer], kv)[0, -1]
+        end = max(end, key=lambda token: logits[token].item())
+    return [*answer, end]
+
+
 def _prefill(model: ModelKVzip, context: str | list[int], settings: Settings) -> KVCache:
     return model.prefill(
         context,
@@ -123,7 +135,7 @@ def _head_scores(model: ModelKVzip, kv: KVCache, data: str) -> HeadScores:
 
 def _graded(model: ModelKVzip, sample: Sample, ids: list[int], references: Sequence[str]) -> Answer:
     text = model.decode(ids)
-    return Answer(text, len(ids), float(sample.source.dataset.score(text, references)))
+    return Answer(text, len(ids), sample.source.score(text, references))
 
 
 @contextmanager

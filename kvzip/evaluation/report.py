@@ -18,7 +18,7 @@ from kvzip.evaluation.tables import FORMATS, comma_separated, markdown, print_te
 def report(
     paths: Sequence[Path], output: Path, *, style: str = "terminal", seed: int = 0, file: TextIO | None = None
 ) -> Results:
-    """Print the tables and write figures and `report.html` to the folder `output`.
+    """Write figures and `report.html` to the folder `output`, then print the tables.
 
     Args:
         paths: output folders of sweeps, see `merge`.
@@ -36,16 +36,16 @@ def report(
     import_extra("matplotlib", "a report's figures")
     if style == "terminal":
         import_extra("rich", "the table (not --format markdown or csv)")
-    out = file or sys.stdout
     results = merge(paths)
     points = summarize(results.lines, seed=seed)
-    if style == "terminal":
-        print_terminal(points, out)
-    else:
-        out.write(markdown(points) if style == "markdown" else comma_separated(points))
     output.mkdir(parents=True, exist_ok=True)
     drawn = list(plots(points, results.lines))
     for plot in drawn:
         (output / f"{plot.name}.png").write_bytes(plot.png)
     (output / "report.html").write_text(page(results, points, drawn), encoding="utf-8")
+    out = file or sys.stdout  # last: a reader that goes away costs no files
+    if style == "terminal":
+        print_terminal(points, out)
+    else:
+        out.write(markdown(points) if style == "markdown" else comma_separated(points))
     return results

@@ -63,6 +63,8 @@ class ResultsFile:
                 whole = offset
             os.ftruncate(self._file, whole)
             before = read_state(self._state_path) if self._state_path.exists() else {}
+            if before and difference(before["settings"], settings) is not None:
+                before = {}  # of a run that never wrote a line
             self._state: dict[str, Any] = {
                 "format": FORMAT,
                 "settings": dict(settings),
@@ -176,30 +178,49 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def difference(one: Mapping[str, Any], other: Mapping[str, Any], leave_out: Iterable[str] = ()) -> str | None:
-    """Return the name of the first setting in which two runs differ, None where they agree."""
-    names = [name for name in {**one, **other} if name not in leave_out]
-    return next((name for name in names if one.get(name) != other.get(name)), None)
+class Difference(NamedTuple):
+    """A setting in which two runs differ, and what it is in each."""
+
+    name: str
+    one: Any
+    other: Any
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any], leave_out: Iterable[str] = ()) -> Difference | None:
+    """Return the first setting in which two runs differ, None where they agree.
+
+    Data are the same where their digests are, wherever the files lie; without digests, where the folder is the same.
+    """
+    one, other = json.loads(json.dumps(one)), json.loads(json.dumps(other))  # a tuple is what a file has as a list
+    ours, theirs = one.get("digests"), other.get("digests")
+    leave_out = {*leave_out, "digests"} if ours is None or theirs is None else {*leave_out, "digests", "data_dir"}
+    pairs = [Difference(name, one.get(name), other.get(name)) for name in {**one, **other} if name not in leave_out]
+    ours, theirs = ours or {}, theirs or {}
+    pairs += [Difference(f"digest of {name}", ours[name], theirs[name]) for name in ours if name in theirs]
+    return next((pair for pair in pairs if pair.one != pair.other), None)
+
+
+def is_started(path: Path, state: Mapping[str, Any]) -> bool:
+    """Whether a shard's settings file at `path` is of any answer: a run that was stopped before says nothing."""
+    lines = path.with_suffix(".jsonl")
+    return "finished" in state or (lines.exists() and next(read_lines(lines), None) is not None)
 
 
 def _check_folder(folder: Path, shard: Shard, settings: Mapping[str, Any]) -> None:
-    settings = json.loads(json.dumps(settings))
     for path in sorted(folder.glob("shard-*-of-*.json")):
-        count = Shard.named(path.stem).count
+        count, state = Shard.named(path.stem).count, read_state(path)
+        if not is_started(path, state):
+            continue
         if count != shard.count:
             raise ValueError(
                 f"{folder} has results of a run in {count} shards, this one has {shard.count}: start the same number "
                 "(or name one with --shard), or choose another output folder"
             )
-        state = read_state(path)
-        there, lines = state["settings"], path.with_suffix(".jsonl")
-        name = difference(there, settings)
-        # A run that was stopped before its first line, by a mistake in its settings perhaps, says nothing.
-        is_started = "finished" in state or (lines.exists() and lines.stat().st_size > 0)
-        if name is not None and is_started:
+        found = difference(state["settings"], settings)
+        if found is not None:
             raise ValueError(
-                f"{folder} has results with {name}={there.get(name)!r}, this run has {settings.get(name)!r}: resume "
-                "with the same settings, or choose another output folder"
+                f"{folder} has results with {found.name}={found.one!r}, this run has {found.other!r}: resume with the "
+                "same settings and data, or choose another output folder"
             )
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +15,7 @@ from kvzip.data import Dataset, Record, load
 from kvzip.data import dataset as find
 
 GENERATED = 100  # contexts of a generated dataset at most, where no number is asked for
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Source:
     num: int | None
     start: int
     options: Mapping[str, Any] = field(repr=False)
+    _unscored: list[str] = field(default_factory=list, init=False, repr=False, compare=False)  # predictions
 
     @property
     def label(self) -> str:
@@ -37,8 +42,25 @@ class Source:
 
     @property
     def dataset(self) -> Dataset:
-        """The dataset, for its metric."""
+        """The dataset."""
         return find(self.name)
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        """Score a prediction by the dataset's metric; 0 where it fails on it, which the log tells once.
+
+        Raises:
+            Exception: of a metric that fails on the reference as well: a missing package, or a fault of its own.
+        """
+        metric = self.dataset.score
+        try:
+            return float(metric(prediction, references))
+        except Exception as error:
+            metric(references[0], references)
+            if not self._unscored:
+                what = f"{type(error).__name__}: {error}"
+                _log.warning("%s: its metric fails on %.80r, which scores 0 (%s)", self.label, prediction, what)
+            self._unscored.append(prediction)
+            return 0.0
 
     def check(self) -> None:
         """Look at one record, so that missing or malformed files are told before a model is loaded.
@@ -56,6 +78,18 @@ class Source:
             ValueError, FileNotFoundError: files that are missing or cannot be understood.
         """
         return [Sample(self, position) for position in range(self._count)]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what the records say: of all that are read from files, and of the first one that is generated.
+
+        Files have a part in generated ones too, such as the essays of a haystack; the rest is settled by the seed.
+        """
+        digest = hashlib.sha256()
+        for record in [sample.record() for sample in self.samples()[:1]] if self._stored is None else self._stored:
+            told = record.context, record.questions, record.answers, record.prefixes, record.max_new_tokens
+            digest.update(json.dumps(told).encode())
+        return digest.hexdigest()[:16]
 
     def record(self, position: int) -> Record:
         """The record at `position`, counted from `start`."""

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+_STEPS = 0xFFFFFFF0  # SLURM's special steps have larger ids: a batch script itself, an interactive shell
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -62,8 +64,9 @@ class Shard:
     def from_environment(cls, environment: Mapping[str, str]) -> Shard:
         """Read what torchrun, `accelerate launch` or SLURM say; a job array of such runs is split twice.
 
-        Processes are counted by RANK and WORLD_SIZE (torchrun, accelerate), else by SLURM_PROCID and SLURM_NTASKS
-        (srun); array tasks by SLURM_ARRAY_TASK_ID and, where SLURM tells them, _MIN, _STEP, _COUNT or _MAX.
+        Processes are counted by RANK and WORLD_SIZE (torchrun, accelerate), else by SLURM_PROCID and
+        SLURM_STEP_NUM_TASKS (srun); array tasks by SLURM_ARRAY_TASK_ID and, where SLURM tells them, _MIN, _STEP, _COUNT
+        or _MAX. A batch script is one process, however many tasks its job has room for.
 
         Raises:
             ValueError: a variable is missing beside another one, or not a number that makes sense.
@@ -81,10 +84,11 @@ def _process(environment: Mapping[str, str]) -> tuple[int, int]:
     if rank is not None or world not in (None, 1):
         there, missing = ("RANK", "WORLD_SIZE") if rank is not None else ("WORLD_SIZE", "RANK")
         raise ValueError(f"{there} is set but {missing} is not: launchers set both; unset it or use --shard")
-    process, count = _number(environment, "SLURM_PROCID", None), _number(environment, "SLURM_NTASKS", None)
-    if process is None or count is None:
+    process, count = _number(environment, "SLURM_PROCID", None), _number(environment, "SLURM_STEP_NUM_TASKS", None)
+    # A job that is submitted from within a step inherits the step's variables, but has an id of its own.
+    if process is None or count is None or (_number(environment, "SLURM_STEP_ID", 0) or 0) > _STEPS:
         return 0, 1
-    return _checked(process, count, "SLURM_PROCID", "SLURM_NTASKS")
+    return _checked(process, count, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 
 
 def _array_task(environment: Mapping[str, str]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from kvzip.evaluation.lines import Line
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+FEWEST = 10  # contexts: of fewer, the interval of the percentiles holds the mean far less often than it says
 
 
 class Curve(NamedTuple):
@@ -30,7 +31,7 @@ class Point:
     Attributes:
         bits: of a stored number, 16 in the model's own precision.
         score: mean over questions.
-        low, high: ends of the 95 % confidence interval; None with a single context.
+        low, high: ends of the 95 % confidence interval; None with fewer than `FEWEST` contexts.
         contexts, questions: how many there are.
         kept: mean fraction of the context's KV pairs kept.
         kv_bytes: mean bytes of a context's K and V as stored.
@@ -72,9 +73,9 @@ def bootstrap(
         counts: how many these are.
 
     Returns:
-        Low and high end of the 95 % interval; None with fewer than two contexts.
+        Low and high end of the 95 % interval; None with fewer than `FEWEST` contexts.
     """
-    if len(sums) < 2:
+    if len(sums) < FEWEST:
         return None
     drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
     means = np.asarray(sums, dtype=float)[drawn].sum(1) / np.asarray(counts)[drawn].sum(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from kvzip.evaluation.lines import Cell
 from kvzip.evaluation.results import ResultsFile
 from kvzip.evaluation.samples import Source
 from kvzip.evaluation.shards import Shard
+from kvzip.head_scores import HeadScores
 from kvzip.kvcache import check_bits
 from kvzip.kvcache.selection import check_ratio, get_level
 from kvzip.kvcache.store import FULL
@@ -112,13 +115,21 @@ class Sweep:
             free[scorer] = name
         return rounds
 
-    def settings(self, model: ModelKVzip, sources: Sequence[Source]) -> dict[str, Any]:
-        """All that decides about the numbers, to be compared when a run goes on and when results are merged."""
+    def settings(self, model: ModelKVzip, sources: Sequence[Source], heads: HeadScores | None = None) -> dict[str, Any]:
+        """All that decides about the numbers, to be compared when a run goes on and when results are merged.
+
+        Args:
+            heads: what `head_scores` stands for.
+        """
+        digests = {source.label: source.digest for source in sources}
+        if heads is not None:
+            digests[HEAD_SCORES] = hashlib.sha256(json.dumps(heads.scores).encode()).hexdigest()[:16]
         return {
             "model": model.name,
             **model.model_id,
             "dtype": str(model.dtype).removeprefix("torch."),
             "data": {source.label: len(source.samples()) for source in sources},
+            "digests": digests,
             "scorers": {name: repr(get_scorer(name)) for name in sorted(self.scorers)},
             "levels": {name: repr(get_level(name)) for name in sorted(self.levels)},
             "ratios": sorted(self.ratios),
@@ -166,7 +177,7 @@ def run(model: ModelKVzip, sweep: Sweep, folder: Path, shard: Shard | None = Non
     everything = [sample for source in sources for sample in source.samples()]
     samples = [sample for number, sample in enumerate(everything) if shard.takes(number)]
     left_out: dict[str, list[int]] = {}
-    with ResultsFile(folder, shard, sweep.settings(model, sources), about) as results:
+    with ResultsFile(folder, shard, sweep.settings(model, sources, heads), about) as results:
         before = results.count
         missing = [[cell for cell in cells if not results.is_complete(*sample.key, cell)] for sample in samples]
         total, done = len(cells) * len(samples), len(cells) * len(samples) - sum(map(len, missing))

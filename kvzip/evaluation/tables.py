@@ -6,19 +6,21 @@ import csv
 import dataclasses
 import io
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TextIO
 
-from kvzip.evaluation.summary import Curve, Point
+from kvzip.evaluation.summary import FEWEST, Curve, Point
 from kvzip.kvcache import format_bytes
 
 FORMATS = ("terminal", "markdown", "csv")
-INTERVAL = "Mean score by the fraction of KV pairs kept, with its 95 % confidence interval over contexts."
 _EDGES = 2  # characters
+_OFF = 0.02  # what a method keeps may be off by that much and nobody is told
+_SAME_BYTES = 1.02
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Scores of one dataset: a row a curve, a column a ratio; and rows of bytes.
+    """Scores of one dataset: a row a curve, a column a ratio asked for; and rows of bytes.
 
     Attributes:
         rows: the name of a row, and its cells, each of lines that belong together.
@@ -59,23 +61,45 @@ def tables(points: Sequence[Point]) -> list[Table]:
     return [_means(some, [one for one in points if one.dataset in some]) for some in alike if len(some) > 1] + own
 
 
+def explanation(points: Sequence[Point]) -> str:
+    """What the numbers of the tables are."""
+    parts = ["Mean score by the fraction of KV pairs asked to be kept"]
+    if any(point.low is not None for point in points):
+        parts.append(", with its 95 % confidence interval over contexts")
+    if any(is_off(point.ratio, point.kept) for point in points):
+        parts.append("; (kept ...): the fraction that was, where it is another")
+    if any(point.low is None for point in points):
+        parts.append(f"; fewer than {FEWEST} contexts: no interval")
+    return "".join(parts) + "."
+
+
+def is_off(ratio: float, kept: float) -> bool:
+    """Whether what was kept is another fraction than what was asked for."""
+    return abs(kept - ratio) > _OFF
+
+
 def _length(name: str) -> str:
     return name.partition(":")[2]
 
 
 def _means(names: Sequence[str], points: Sequence[Point]) -> Table:
     """Each dataset counts once, and only what is there of all of them; the best curves first."""
-    found = {(point.curve, point.ratio, point.dataset): point.score for point in points}
+    found = {(point.curve, point.ratio, point.dataset): point for point in points}
     ratios = sorted({point.ratio for point in points})
     rows = []
     for curve in dict.fromkeys(point.curve for point in points):
-        scores = [[found[key] for name in names if (key := (curve, ratio, name)) in found] for ratio in ratios]
-        means = [sum(some) / len(names) if len(some) == len(names) else None for some in scores]
-        rows.append((curve_name(curve, points), means))
-    rows.sort(key=lambda row: -sum(mean or 0.0 for mean in row[1]))
+        there = [[found[key] for name in names if (key := (curve, ratio, name)) in found] for ratio in ratios]
+        whole = [some if len(some) == len(names) else [] for some in there]
+        means = [fmean(point.score for point in some) for some in whole if some]
+        cells = [
+            _shown(fmean(one.score for one in some), ratio, fmean(one.kept for one in some)) if some else [""]
+            for ratio, some in zip(ratios, whole, strict=True)
+        ]
+        rows.append((fmean(means) if means else 0.0, curve_name(curve, points), cells))
+    rows.sort(key=lambda row: -row[0])
     of = f" of {_length(names[0])} tokens" if _length(names[0]) else ""
-    cells = [(name, [["" if mean is None else f"{mean:.3f}"] for mean in means]) for name, means in rows]
-    return Table(f"Mean over {len(names)} datasets{of}", [f"{ratio:g}" for ratio in ratios], cells)
+    header = [f"{ratio:g}" for ratio in ratios]
+    return Table(f"Mean over {len(names)} datasets{of}", header, [(name, cells) for _, name, cells in rows])
 
 
 def _in_order(points: Sequence[Point]) -> list[str]:
@@ -91,8 +115,8 @@ def _table(name: str, points: list[Point]) -> Table:
         return [_score(found[curve, ratio]) if (curve, ratio) in found else [""] for ratio in ratios]
 
     def kv_bytes(bits: int, ratio: float) -> list[str]:
-        own = [point for point in points if (point.curve.bits, point.ratio) == (bits, ratio)]
-        return [format_bytes(max(own, key=lambda point: point.contexts).kv_bytes)] if own else [""]
+        own = [point.kv_bytes for point in points if (point.curve.bits, point.ratio) == (bits, ratio)]
+        return [format_range(min(own), max(own))] if own else [""]
 
     rows = [(curve_name(curve, points), row(curve)) for curve in curves]
     numbers = bits_of(points)
@@ -106,9 +130,22 @@ def _table(name: str, points: list[Point]) -> Table:
 
 
 def _score(point: Point) -> list[str]:
+    shown = _shown(point.score, point.ratio, point.kept)
     if point.low is None or point.high is None:
-        return [f"{point.score:.3f}"]
-    return [f"{point.score:.3f}", f"{point.low:.2f}-{point.high:.2f}"]
+        return shown
+    return [*shown, f"{point.low:.2f}-{point.high:.2f}"]
+
+
+def _shown(score: float, ratio: float, kept: float) -> list[str]:
+    return [f"{score:.3f}", f"(kept {kept:.2f})"] if is_off(ratio, kept) else [f"{score:.3f}"]
+
+
+def format_range(low: float, high: float) -> str:
+    """Bytes from `low` to `high`, such as "1.1-3.9 MiB", or the mean of two that are as good as the same."""
+    if high <= _SAME_BYTES * low:
+        return format_bytes((low + high) / 2)
+    (number, unit), last = format_bytes(low).split(), format_bytes(high)
+    return f"{number}-{last}" if last.endswith(f" {unit}") else f"{number} {unit}-{last}"
 
 
 def markdown(points: Sequence[Point]) -> str:
@@ -118,7 +155,7 @@ def markdown(points: Sequence[Point]) -> str:
         rows = [[name.replace("|", "\\|"), *(" ".join(cell) for cell in cells)] for name, cells in table.rows]
         lines = [["ratio", *table.header], ["---", *("---:" for _ in table.header)], *rows]
         parts.append(f"### {table.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
-    return "\n\n".join([*parts, INTERVAL]) + "\n"
+    return "\n\n".join([*parts, explanation(points)]) + "\n"
 
 
 def comma_separated(points: Sequence[Point]) -> str:
@@ -155,4 +192,4 @@ def print_terminal(points: Sequence[Point], file: TextIO, *, width: int | None =
             for name, cells in table.rows:
                 shown.add_row(escape(name), *(escape("\n".join(cell)) for cell in cells[part]))
             console.print(shown)
-    console.print(INTERVAL)
+    console.print(explanation(points))

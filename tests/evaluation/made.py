@@ -74,3 +74,18 @@ def forget_bits(folder):
         state = json.loads(path.read_text())
         del state["settings"]["bits"]
         path.write_text(json.dumps(state))
+
+
+def half_right(samples=range(12), **changes):
+    """Lines: ratio 1 is always right, ratio 0.5 in half of the contexts; contexts have one to three questions."""
+    return [
+        line(sample, question, ratio, num_questions=1 + sample % 3, score=float(ratio == 1 or sample % 2), **changes)
+        for sample in samples
+        for question in range(1 + sample % 3)
+        for ratio in (0.5, 1.0)
+    ]
+
+
+def with_bits():
+    """Two scorers, of which one is there with two numbers of bits."""
+    return [*half_right(), *half_right(bits=4, kv_bytes=140), *half_right(scorer="random")]

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from kvzip import ModelKVzip
-from kvzip.evaluation import meter as meter_module
 from kvzip.evaluation.asking import ask
 from kvzip.evaluation.diagnostics import AnswerChange, diagnose
-from kvzip.evaluation.meter import Meter, Stage, summed
+from kvzip.evaluation.meter import Meter, Stage
 from kvzip.evaluation.profile import Profile, Settings, about
 from kvzip.evaluation.profile_table import View
 from kvzip.evaluation.profiler import profile_context, timed_answer, warm_up
@@ -106,8 +105,8 @@ def test_changes_are_of_the_full_caches_answers(model, profiled, caches):
     for question in profiled.questions:
         query = model.apply_template(question.question)
         answer = model.generate(query, caches[0], return_ids=True, max_new_tokens=40).tolist()
-        expected = diagnose(model, *caches, query, answer)
-        assert question.full.tokens == len(answer)
+        assert question.full.tokens == len(answer) < 40
+        expected = diagnose(model, *caches, query, [*answer, model.model.generation_config.eos_token_id])
         assert question.change.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
         assert question.change.flipped == expected.flipped
 
@@ -133,6 +132,20 @@ def test_scoring_is_a_stage_of_its_own_where_it_can_be(model, samples, meter, se
     found = profile_context(model, samples[0], replace(settings, max_new_tokens=2), meter)
     assert names(found.stages) == [*((name, "") for name in first), *ANSWERING]
     assert (found.head_scores is None) == bool(settings.load_score)
+
+
+def test_an_answer_that_no_longer_ends_is_changed(model, meter, monkeypatch):
+    """The fifth answer begins as the full cache's does, token by token, and goes on."""
+    (sample,) = Source("facts", 256, 1, 0, {"count_tokens": model.tokenizer}).samples()
+    settings = Settings(level="pair-uniform", kv_type="retain")
+    question = profile_context(model, sample, settings, meter).questions[4]
+    assert question.pruned.text.startswith(question.full.text)
+    assert question.pruned.tokens > question.full.tokens
+    assert question.change.flipped == (False,) * question.full.tokens + (True,)
+    monkeypatch.setattr(model.model.generation_config, "eos_token_id", [7, model.tokenizer.eos_token_id])
+    assert profile_context(model, sample, settings, meter).questions[4].change == question.change
+    short = profile_context(model, sample, replace(settings, max_new_tokens=question.full.tokens), meter)
+    assert short.questions[4].change.flips == 0, "the end is not asked for"
 
 
 # -- answering ---------------------------------------------------------------------------------------------------------
@@ -175,39 +188,7 @@ def test_bits_are_those_of_the_pruned_cache(model, samples, meter, caches):
     assert kv.nbytes < caches[1].nbytes
 
 
-# -- settings, sums and JSON -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"ratio": 0.0}, "ratio must be"),
-        ({"level": "pear"}, "did you mean 'pair'"),
-        ({"bits": 3}, r"bits must be one of \(16, 8, 4\)"),
-        ({"scorer": "kvzup"}, "did you mean 'kvzip'"),
-        ({"kv_type": "evcit"}, "unknown kv_type 'evcit'"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"load_score": True, "level": "pair"}, "level must be 'head'"),
-    ],
-)
-def test_wrong_settings_are_named_before_anything_is_computed(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Settings(**settings)
-
-
-def test_the_level_is_the_scorers_own_unless_it_is_given():
-    assert Settings().level == "pair"
-    assert Settings(scorer="keydiff").level == "pair-uniform"
-    assert Settings(scorer="keydiff", level="pair").level == "pair"
-    assert Settings(load_score=True).level == "head"
-
-
-def test_sums_add_time_and_tokens_and_take_the_largest_bytes():
-    a = Stage("decode", "full", 1.0, 10, memory=5, peak=9, kv_nbytes=3)
-    b = Stage("decode", "full", 2.0, 20, memory=7, peak=None, kv_nbytes=2)
-    other = Stage("prune", "", 0.5, None, None, None, 1)
-    assert summed([a, other, b]) == [Stage("decode", "full", 3.0, 30, 7, 9, 3), other]
-    assert summed([a, b])[0].tokens_per_second == 10
+# -- sums and JSON -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +213,7 @@ def test_json_has_every_number_and_sums_over_contexts(profile):
     assert together["same_answers"] == sum(one.full.text == one.pruned.text for one in questions)
     assert together["pruned_score"] == pytest.approx(sum(one.pruned.score for one in questions) / len(questions))
     assert together["change"]["flipped"] == sum(sum(one.change.flipped) for one in questions)
-    assert together["change"]["tokens"] == sum(one.full.tokens for one in questions)
+    assert together["change"]["tokens"] == sum(one.full.tokens + 1 for one in questions), "each has an end"
     seconds = [context.stages[0].seconds for context in profile.contexts]
     assert together["stages"][0]["seconds"] == pytest.approx(sum(seconds))
 
@@ -294,64 +275,3 @@ def test_texts_are_printed_as_they_are_and_long_ones_cut(profile, meter, capsys,
     assert "0.25" in text
     assert text.count("x") < 800
     assert "…" in text
-
-
-def test_empty_answers_are_told(profile, meter, capsys, monkeypatch):
-    context = profile.contexts[0]
-    silent = replace(context.questions[0], change=AnswerChange((), (), ()))
-    changed = replace(context, questions=[silent])
-    assert "answers are empty" in printed(replace(profile, contexts=[changed] * 2), meter, capsys, monkeypatch)
-
-
-# -- the meter ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_stages_peak_is_its_own():
-    meter = Meter([])
-    if meter.peak_name != "peak RSS":
-        pytest.skip("this system does not let a process reset its peak")
-    before = meter.stop("before")
-    torch.ones(64 * MIB // 4)
-    large, after = meter.stop("large"), meter.stop("after")
-    assert large.peak - before.memory > 48 * MIB
-    assert large.memory - before.memory < 16 * MIB, "freed memory is given back"
-    assert after.peak < large.peak - 48 * MIB
-
-
-def test_a_peak_that_cannot_be_reset_is_named_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(meter_module, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
-    assert Meter([]).peak_name == "peak RSS so far"
-
-
-def test_where_there_is_no_proc_the_peak_since_the_start_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(meter_module, "_STATUS", tmp_path / "status")
-    stage = Meter([]).stop("some")
-    assert stage.memory is None
-    assert stage.peak > 10 * MIB
-
-
-def test_gpus_are_waited_for_before_the_clock_is_read_and_added_up(monkeypatch):
-    """Without a GPU: what is called of torch.cuda, in which order."""
-    called, gpus = [], [torch.device("cuda", 0), torch.device("cuda", 1)]
-    for name, value in (
-        ("synchronize", None),
-        ("reset_peak_memory_stats", None),
-        ("memory_allocated", 100),
-        ("max_memory_allocated", 300),
-    ):
-        monkeypatch.setattr(
-            torch.cuda, name, lambda gpu, name=name, value=value: called.append((name, gpu.index)) or value
-        )
-    monkeypatch.setattr(torch.cuda, "init", lambda: called.append(("init",)))
-    clock = iter(range(100))
-    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: called.append(("clock",)) or next(clock))
-    meter = Meter(gpus)
-    assert called[0] == ("init",)
-    called.clear()
-    stage = meter.stop("some")
-    assert called[:3] == [("synchronize", 0), ("synchronize", 1), ("clock",)]
-    assert (stage.memory, stage.peak) == (200, 600)
-    restarted = called[called.index(("synchronize", 0), 1) :]
-    assert restarted[-1] == ("clock",)
-    assert {("reset_peak_memory_stats", 0), ("reset_peak_memory_stats", 1)} <= set(restarted)
-    assert meter.names["memory"] == "CUDA allocated"

@@ -148,6 +148,45 @@ def test_settings_of_a_run_without_a_line_bind_nobody(tmp_path):
         made.write(tmp_path, [], Shard(0, 2))
 
 
+def test_a_run_without_a_line_does_not_fix_the_number_of_shards(tmp_path):
+    path = made.write(tmp_path, [], finished=False)
+    path.write_bytes(b'{"dataset": "fa')  # killed while it wrote the first one
+    for index in (0, 1):
+        made.write(tmp_path, made.all_lines([index]), Shard(index, 2))
+    with pytest.raises(ValueError, match="2 shards, this one has 1"):
+        made.write(tmp_path, [])
+
+
+def test_what_a_run_of_other_settings_refused_is_forgotten(tmp_path):
+    with ResultsFile(tmp_path, Shard(), made.SETTINGS, made.RUN) as results:
+        results.refuse(("facts", 0), "kvzip", "too long")
+    for seed, refused in ((42, {"kvzip": "too long"}), (43, {})):
+        with ResultsFile(tmp_path, Shard(), made.SETTINGS | {"seed": seed}, made.RUN) as results:
+            assert results.refused(("facts", 0)) == refused
+
+
+# -- which data ------------------------------------------------------------------------------------------------------
+
+
+def read_from(folder, digest):
+    """Settings of data in a folder."""
+    return {"data_dir": folder, "digests": {"facts": digest}}
+
+
+def test_data_of_another_digest_are_refused_by_the_name_of_the_dataset(tmp_path):
+    made.write(tmp_path, [], settings=read_from("data", "aa"))
+    with pytest.raises(ValueError, match="results with digest of facts='aa', this run has 'bb': resume with the same"):
+        made.write(tmp_path, [], settings=read_from("data", "bb"))
+    made.write(tmp_path, [], settings=read_from("the/same/data/elsewhere", "aa"))
+
+
+def test_results_without_digests_are_told_apart_by_the_folder_of_their_data(tmp_path):
+    made.write(tmp_path, [], settings={"data_dir": "data"})
+    with pytest.raises(ValueError, match="data_dir='data', this run has 'other'"):
+        made.write(tmp_path, [], settings=read_from("other", "aa"))
+    made.write(tmp_path, [], settings=read_from("data", "aa"))
+
+
 def test_settings_of_another_shard_count_too(tmp_path):
     made.write(tmp_path, [], Shard(0, 2))
     with pytest.raises(ValueError, match="model='made-up', this run has 'other'"):

@@ -4,6 +4,8 @@ import pytest
 
 from kvzip.evaluation.shards import Shard
 
+SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_ID": "0"}
+
 
 @pytest.mark.parametrize(
     ("environment", "index", "count", "local"),
@@ -11,7 +13,16 @@ from kvzip.evaluation.shards import Shard
         ({}, 0, 1, None),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, 3, 8, 1),  # torchrun, accelerate launch
         ({"WORLD_SIZE": "1"}, 0, 1, None),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "6", "SLURM_LOCALID": "2"}, 5, 6, 2),  # srun
+        ({**SRUN, "SLURM_LOCALID": "2"}, 5, 6, 2),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, 0, 1, 0),  # sbatch script without srun
+        ({**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_ID": str(0xFFFFFFFB)}, 0, 1, None),  # that was submitted in a step
+        ({**SRUN, "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "3"}, 11, 18, None),  # srun in an array
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "3"},
+            1,
+            3,
+            None,
+        ),
         ({"SLURM_NTASKS": "4"}, 0, 1, None),  # salloc, outside of srun
         ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "4"}, 3, 4, None),
         ({"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "9"}, 2, 10, None),
@@ -32,8 +43,8 @@ from kvzip.evaluation.shards import Shard
                 "SLURM_ARRAY_TASK_COUNT": "3",
                 "RANK": "1",
                 "WORLD_SIZE": "2",
+                **SRUN,
                 "SLURM_PROCID": "0",
-                "SLURM_NTASKS": "1",
             },
             3,
             6,
@@ -52,6 +63,7 @@ def test_environment_of_launchers(environment, index, count, local):
         ({"WORLD_SIZE": "2"}, "RANK"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "'one'"),
+        ({"SLURM_PROCID": "6", "SLURM_STEP_NUM_TASKS": "6"}, "SLURM_PROCID=6 does not fit SLURM_STEP_NUM_TASKS=6"),
         ({"SLURM_ARRAY_TASK_ID": "1"}, "SLURM_ARRAY_TASK_COUNT"),
         ({"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3"}, "SLURM_ARRAY_TASK_ID=9"),
         (

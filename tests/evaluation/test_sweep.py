@@ -223,6 +223,21 @@ def test_going_on_with_other_settings_is_refused_by_name(name, value, shown, mod
         run(model, dataclasses.replace(SMALL, **{name: value}), whole, quiet=True)
 
 
+def test_going_on_after_a_data_file_was_edited_is_refused_by_the_name_of_the_dataset(model, tmp_path):
+    def edited(folder, city):
+        found = {"question": "Where?", "answers": {"text": [city]}, "context": f"We are in {city}."}
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "v1.1.jsonl").write_text(json.dumps(found))
+        sweep = Sweep("squad", ("random",), ratios=(0.5,), max_new_tokens=2, data_dir=tmp_path / folder)
+        return run(model, sweep, tmp_path / "out", quiet=True)
+
+    assert (edited("one", "Lima"), edited("copy", "Lima")) == (1, 0)
+    with pytest.raises(
+        ValueError, match=r"results with digest of squad='\w+', this run has '\w+': resume with the same"
+    ):
+        edited("one", "Rome")
+
+
 def test_batches_do_not_change_answers(model, whole, tmp_path):
     run(model, dataclasses.replace(SMALL, batch_size=1), tmp_path, quiet=True)
     assert lines_in(tmp_path) == lines_in(whole)
@@ -231,6 +246,10 @@ def test_batches_do_not_change_answers(model, whole, tmp_path):
 def test_stored_head_scores_are_a_curve(model, tmp_path):
     sweep = Sweep("facts:60", (), ratios=(0.3, 1.0), num=1, head_scores=True, max_new_tokens=4)
     run(model, sweep, tmp_path, quiet=True)
+    run(model, dataclasses.replace(sweep, head_scores=model.name), tmp_path / "by_name", quiet=True)
+    digests = [json.loads(path.read_text())["settings"]["digests"] for path in tmp_path.rglob("*.json")]
+    assert digests[0] == digests[1]
+    assert set(digests[0]) == {"facts:60", HEAD_SCORES}
     lines = merge([tmp_path]).lines
     assert {line.cell for line in lines} == {(HEAD_SCORES, "head", 0.3, 16), (HEAD_SCORES, "head", 1.0, 16)}
     kv = model.prefill("Some text of a few tokens.", load_score=True)
@@ -242,60 +261,6 @@ def test_scorers_have_levels_of_their_own():
     sweep = Sweep("facts", ("kvzip", "tova", "pyramidkv"))
     assert sweep.curves == [(name, get_scorer(name).level) for name in sweep.scorers]
     assert len({level for _, level in sweep.curves}) == 3
-
-
-def test_long_contexts_are_left_out_and_told(model, tmp_path):
-    sweep = Sweep("facts:60,facts:90", ("random",), ratios=(0.5,), num=2, max_context=70)
-    run(model, sweep, tmp_path, quiet=True)
-    results = merge([tmp_path])
-    assert {line.dataset for line in results.lines} == {"facts:60"}
-    assert results.notes == [f"{tmp_path}: 2 contexts of facts:90 have more than 70 tokens and were left out"]
-
-
-def test_an_error_names_the_sample_and_keeps_what_was_computed(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(model), "max_positions", 150)
-    sweep = Sweep("facts:60,facts:300", ("random",), ratios=(0.5,), num=1)
-    with pytest.raises(ValueError, match=r"facts:300, sample 0: .* 150 positions"):
-        run(model, sweep, tmp_path, quiet=True)
-    assert {line.dataset for line in merge([tmp_path]).lines} == {"facts:60"}
-
-
-def test_a_scorer_that_cannot_score_a_context_is_left_out_there_and_the_rest_goes_on(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(model), "max_positions", 500)  # of which kvcompose needs two for a token
-    sweep = Sweep("facts:60,facts:300", ("random", "kvcompose"), ratios=(0.5, 1.0), num=2)
-    lines = run(model, sweep, tmp_path, quiet=True)
-    results = merge([tmp_path])
-    pruned = {(line.dataset, line.sample, line.scorer) for line in results.lines if line.ratio < 1}
-    assert pruned == {
-        (label, sample, scorer) for label in ("facts:60", "facts:300") for sample in (0, 1)
-        for scorer in ("random", "kvcompose") if (label, scorer) != ("facts:300", "kvcompose")
-    }  # fmt: skip
-    assert lines == len(results.lines) > 0
-    (note,) = results.notes
-    assert "kvcompose has no scores of 2 contexts of facts:300: kvcompose reads the context twice, which needs" in note
-    monkeypatch.setattr(type(model), "prefill", None)  # there is nothing left to do
-    assert run(model, sweep, tmp_path, quiet=True) == 0
-    assert merge([tmp_path]).notes == results.notes
-
-
-def test_shards_may_be_refused_as_a_whole(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(model), "max_positions", 500)
-    sweep = Sweep("facts:60,facts:300", ("kvcompose",), ratios=(0.5,), num=1)
-    assert [run(model, sweep, tmp_path, Shard(index, 2), quiet=True) > 0 for index in (0, 1)] == [True, False]
-    (note,) = merge([tmp_path]).notes
-    assert "kvcompose has no scores of 1 contexts of facts:300" in note
-
-
-def test_a_sweep_stops_where_a_scorer_does_not_fit_the_model(model, tmp_path):
-    with pytest.raises(ValueError, match=r"facts:60, sample 0: .*qfilter.* needs a file"):
-        run(model, Sweep("facts:60", ("random", "qfilter"), ratios=(0.5,), num=1), tmp_path, quiet=True)
-
-
-def test_where_no_scorer_can_score_the_error_names_the_sample(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(model), "max_positions", 500)
-    sweep = Sweep("facts:300", ("kvcompose",), ratios=(0.5,), num=2)
-    with pytest.raises(ValueError, match="facts:300, sample 0: kvcompose reads the context twice"):
-        run(model, sweep, tmp_path, quiet=True)
 
 
 def test_settings_are_beside_the_results(whole):

@@ -85,3 +85,56 @@ def test_generated_samples_of_other_shards_are_not_made(monkeypatch):
         "context 50",
     ]
     assert loaded == [99, 0, 50]
+
+
+# -- metrics and digests ---------------------------------------------------------------------------------------------
+
+
+def records_of(monkeypatch, *records, score=lambda *_: 0.0):
+    """Register a dataset that is read from files: these records."""
+    registry.names()
+    made = data.Dataset("madeup", "", lambda options: iter(records[options.start :]), score)
+    monkeypatch.setitem(registry._DATASETS, "madeup", made)
+    return Source("madeup", None, None, 0, {})
+
+
+def record(context="context", question="q", answer="a"):
+    return data.Record(context, [question], [[answer]], 4, "made up", meta={"file": "somewhere"})
+
+
+def test_a_metric_that_fails_on_a_prediction_scores_0_and_is_told_once(monkeypatch, caplog):
+    source = records_of(monkeypatch, score=lambda prediction, references: 1 / len(prediction))
+    assert [source.score(prediction, ["a"]) for prediction in ("", "ab", "")] == [0, 0.5, 0]
+    assert [one.getMessage() for one in caplog.records] == [
+        "madeup: its metric fails on '', which scores 0 (ZeroDivisionError: division by zero)"
+    ]
+
+
+def test_a_metric_that_fails_on_the_reference_too_is_not_hidden(monkeypatch):
+    def score(prediction, references):
+        raise ValueError("the package is missing")
+
+    with pytest.raises(ValueError, match="the package is missing"):
+        records_of(monkeypatch, score=score).score("a", ["a"])
+
+
+def test_a_digest_is_of_what_is_read_and_asked(monkeypatch):
+    found = [
+        records_of(monkeypatch, record(), record(**changed)).digest
+        for changed in ({}, {}, {"context": "other"}, {"question": "other"}, {"answer": "other"})
+    ]
+    assert found[0] == found[1]
+    assert len(set(found)) == 4
+
+
+def test_a_digest_of_generated_records_is_of_the_essays_too(tmp_path):
+    def digest(folder):
+        return Source("niah_single_2", 300, 1, 0, {"data_dir": folder}).digest
+
+    folders = [tmp_path / name for name in ("one", "copy", "other")]
+    for folder, text in zip(folders, ("Some essay.", "Some essay.", "Some other essay."), strict=True):
+        folder.mkdir()
+        (folder / "essay.txt").write_text(text)
+    one, copy, other = map(digest, folders)
+    assert one == copy
+    assert len({one, other, digest(None)}) == 3
