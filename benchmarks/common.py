@@ -69,6 +69,7 @@ def machine() -> str:
         platform.processor(),
     )
     gpu = f"{torch.cuda.get_device_name(0)}, " if torch.cuda.is_available() else ""
+    cpu = f"{cpu} ({torch.backends.cpu.get_cpu_capability()})"
     return (
         f"{gpu}{cpu}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, kvzip {kvzip.__version__}"

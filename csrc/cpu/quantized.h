@@ -36,10 +36,12 @@ inline Pair load_pair(const Nibbles* p, int n) {
 }
 
 // As for other tiles, reading each byte once for its two channels.
-inline void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile<Nibbles>& tile, bool first,
-                   float softcap, const Fold* fold, float (*s)[kTile]) {
+template <int kSome>
+void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile<Nibbles>& tile, bool first,
+            float softcap, const Fold* fold, float (*s)[kTile]) {
+  constexpr int kKeys = kLanes / kSome;
   const int64_t width = padded(head_dim, kLanes), half = head_dim / 2;
-  const Vec bias = row_bias(fold);
+  const Vec bias = row_bias<kKeys>(fold);
   for (int k = 0; k < tile.count; k += kKeys) {
     const Nibbles* key[kKeys];
     for (int j = 0; j < kKeys; ++j) {
@@ -47,12 +49,12 @@ inline void logits(const float* query, int64_t head_dim, int64_t v_head_dim, con
       key[j] = tile.key(i);
       if (first) fetch(tile.value(i), v_head_dim / 2);
     }
-    Vec acc[kRows][kKeys];
+    Vec acc[kSome][kKeys];
     clear(acc);
     const auto add = [&](int64_t d, int n) __attribute__((always_inline)) {
       Pair codes[kKeys];
       for (int j = 0; j < kKeys; ++j) codes[j] = load_pair(key[j] + d, n);
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kSome; ++r) {
         const float* row = query + r * width + d;
         const Vec low = load(row), high = n == kLanes ? load(row + half) : load_part(row + half, n);
         for (int j = 0; j < kKeys; ++j) {
@@ -64,16 +66,16 @@ inline void logits(const float* query, int64_t head_dim, int64_t v_head_dim, con
     int64_t d = 0;
     for (; d + kLanes <= half; d += kLanes) add(d, kLanes);
     if (d < half) add(d, static_cast<int>(half - d));
-    store_logits(sums(acc) + bias, softcap, k, s);
+    store_logits<kKeys>(sums(acc) + bias, softcap, k, s);
   }
 }
 
 // The channels of kBlock * kLanes bytes from `d` on, or of the last `n` of them.
-template <int kBlock>
+template <int kSome, int kBlock>
 inline void accumulate_pairs(const float (*s)[kTile], const Update& update, const Tile<Nibbles>& tile, int64_t fetched,
                              int64_t half, int64_t d, int n, float* out, int64_t record) {
-  Pair acc[kRows][kBlock];
-  for (int r = 0; r < kRows; ++r) {
+  Pair acc[kSome][kBlock];
+  for (int r = 0; r < kSome; ++r) {
     for (int j = 0; j < kBlock; ++j) {
       const float* row = out + r * record + d + j * kLanes;
       const Vec low = load(row), high = n == kLanes ? load(row + half) : load_part(row + half, n);
@@ -84,13 +86,13 @@ inline void accumulate_pairs(const float (*s)[kTile], const Update& update, cons
     if (fetched) fetch(tile.next_keys + k * tile.key_stride, fetched / 2);
     for (int j = 0; j < kBlock; ++j) {
       const Pair codes = load_pair(tile.value(k) + d + j * kLanes, n);
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kSome; ++r) {
         acc[r][j].low += codes.low * s[r][k];
         acc[r][j].high += codes.high * s[r][k];
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kSome; ++r) {
     for (int j = 0; j < kBlock; ++j) {
       float* row = out + r * record + d + j * kLanes;
       store_part(row, acc[r][j].low, n);
@@ -99,16 +101,26 @@ inline void accumulate_pairs(const float (*s)[kTile], const Update& update, cons
   }
 }
 
-inline void accumulate(const float (*s)[kTile], const Update& update, const Tile<Nibbles>& tile, int64_t fetched,
-                       int64_t v_head_dim, float* out, int64_t record) {
-  constexpr int kBlock = kLanes == 16 ? 2 : 1;
-  const int64_t half = v_head_dim / 2;
-  int64_t d = 0;
+// The bytes from `d` on, in blocks of kBlock vectors, then of half as many, and so on.
+template <int kSome, int kBlock>
+void accumulate_pairs_from(int64_t d, const float (*s)[kTile], const Update& update, const Tile<Nibbles>& tile,
+                           int64_t fetched, int64_t half, float* out, int64_t record) {
   for (; d + kBlock * kLanes <= half; d += kBlock * kLanes) {
-    accumulate_pairs<kBlock>(s, update, tile, d ? 0 : fetched, half, d, kLanes, out, record);
+    accumulate_pairs<kSome, kBlock>(s, update, tile, d ? 0 : fetched, half, d, kLanes, out, record);
   }
-  for (; d + kLanes <= half; d += kLanes) accumulate_pairs<1>(s, update, tile, 0, half, d, kLanes, out, record);
-  if (d < half) accumulate_pairs<1>(s, update, tile, 0, half, d, static_cast<int>(half - d), out, record);
+  if constexpr (kBlock > 1) {
+    accumulate_pairs_from<kSome, kBlock / 2>(d, s, update, tile, fetched, half, out, record);
+  } else if (d < half) {
+    const int part = static_cast<int>(half - d);
+    accumulate_pairs<kSome, 1>(s, update, tile, d ? 0 : fetched, half, d, part, out, record);
+  }
+}
+
+template <int kSome>
+void accumulate(const float (*s)[kTile], const Update& update, const Tile<Nibbles>& tile, int64_t fetched,
+                int64_t v_head_dim, float* out, int64_t record) {
+  constexpr int kBlock = kAccumulators / kSome / 2;
+  accumulate_pairs_from<kSome, kBlock>(0, s, update, tile, fetched, v_head_dim / 2, out, record);
 }
 
 class QuantizedTile {

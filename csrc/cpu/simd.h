@@ -24,6 +24,8 @@ namespace KVZIP_ISA {
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
+#elif defined(KVZIP_GENERIC_LANES)  // what a wider processor does, on any other: for tests
+constexpr int kLanes = KVZIP_GENERIC_LANES;
 #else
 constexpr int kLanes = 4;
 #endif
@@ -228,10 +230,9 @@ inline Vec add_pairs(Vec a, Vec b) {
   return KVZIP_SHUFFLE(a, b, pick<size>(0)) + KVZIP_SHUFFLE(a, b, pick<size>(1));
 }
 
-// Rows and keys whose products are summed together: as many as a vector has lanes. Four rows where that can be, so that
-// a key is loaded, and widened, once for the four.
+// Query rows that share what is loaded of a key or value, and widened; of fewer rows, two or one do.
 constexpr int kRows = kLanes == 4 ? 1 : 4;
-constexpr int kKeys = kLanes / kRows;
+constexpr int kAccumulators = kLanes == 16 ? 16 : 8;  // that stay in registers beside what is loaded
 
 // Element by element, as an array's `= {}` is a call of memset.
 template <int kFirst, int kSecond>
@@ -241,23 +242,20 @@ inline void clear(Vec (&acc)[kFirst][kSecond]) {
   }
 }
 
-// Horizontal sums of accumulators [row][key]; element kKeys * row + key of the result.
-inline Vec sums(const Vec (&acc)[kRows][kKeys]) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  const Vec upper = add_pairs<2>(add_pairs<1>(acc[0][0], acc[0][1]), add_pairs<1>(acc[1][0], acc[1][1]));
-  const Vec lower = add_pairs<2>(add_pairs<1>(acc[2][0], acc[2][1]), add_pairs<1>(acc[3][0], acc[3][1]));
-  return add_pairs<4>(upper, lower);
-#else
-  Vec row[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    row[r] = add_pairs<2>(add_pairs<1>(acc[r][0], acc[r][1]), add_pairs<1>(acc[r][2], acc[r][3]));
+// Horizontal sums of as many accumulators as a vector has lanes, [row][key]: element kKeys * row + key of the result.
+template <int kSome, int kKeys>
+inline Vec sums(const Vec (&acc)[kSome][kKeys]) {
+  static_assert(kSome * kKeys == kLanes, "one sum a lane");
+  Vec part[kLanes / 2];
+  for (int i = 0; i < kLanes / 2; ++i) {
+    part[i] = add_pairs<1>(acc[2 * i / kKeys][2 * i % kKeys], acc[(2 * i + 1) / kKeys][(2 * i + 1) % kKeys]);
   }
-#if defined(__AVX512F__)
-  return add_pairs<8>(add_pairs<4>(row[0], row[1]), add_pairs<4>(row[2], row[3]));
-#else
-  return row[0];
-#endif
-#endif
+  for (int i = 0; i < kLanes / 4; ++i) part[i] = add_pairs<2>(part[2 * i], part[2 * i + 1]);
+  if constexpr (kLanes >= 8) {
+    for (int i = 0; i < kLanes / 8; ++i) part[i] = add_pairs<4>(part[2 * i], part[2 * i + 1]);
+  }
+  if constexpr (kLanes >= 16) part[0] = add_pairs<8>(part[0], part[1]);
+  return part[0];
 }
 
 // Memory of one thread that is kept from call to call. Not std::vector: its functions are shared between translation

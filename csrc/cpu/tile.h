@@ -46,29 +46,32 @@ struct Fold {
   const float* zero;
 };
 
-// fold->bias of each row, for all the keys of a group.
+// fold->bias of each row, for `kKeys` keys.
+template <int kKeys>
 inline Vec row_bias(const Fold* fold) {
   Vec bias = {};
   if (fold != nullptr) {
-    for (int i = 0; i < kRows * kKeys; ++i) bias[i] = fold->bias[i / kKeys];
+    for (int i = 0; i < kLanes; ++i) bias[i] = fold->bias[i / kKeys];
   }
   return bias;
 }
 
-// Write the logits of kRows rows and the keys from `k` on.
+// Write the logits of kLanes / kKeys rows and the keys from `k` on.
+template <int kKeys>
 inline void store_logits(Vec sum, float softcap, int k, float (*s)[kTile]) {
   if (softcap > 0) sum = softcapped(sum, softcap);
   float lanes[kLanes];
   store(lanes, sum);
-  for (int r = 0; r < kRows; ++r) std::memcpy(&s[r][k], lanes + r * kKeys, kKeys * sizeof(float));
+  for (int r = 0; r < kLanes / kKeys; ++r) std::memcpy(&s[r][k], lanes + r * kKeys, kKeys * sizeof(float));
 }
 
-// Logits of kRows packed query rows with the tile's keys: s[row][key], kTile columns. The query is already scaled.
+// Logits of kSome packed query rows with the tile's keys: s[row][key], kTile columns. The query is already scaled.
 // With `first`, these are the first rows to see the tile, and its values are fetched on the way.
-template <class T>
+template <int kSome, class T>
 void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile<T>& tile, bool first, float softcap,
             const Fold* fold, float (*s)[kTile]) {
-  const Vec bias = row_bias(fold);
+  constexpr int kKeys = kLanes / kSome;
+  const Vec bias = row_bias<kKeys>(fold);
   const int64_t width = padded(head_dim, kLanes), whole = head_dim / kLanes * kLanes;
   for (int k = 0; k < tile.count; k += kKeys) {
     const T* key[kKeys];
@@ -77,12 +80,12 @@ void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile
       key[j] = tile.key(i);
       if (first) fetch(tile.value(i), v_head_dim);
     }
-    Vec acc[kRows][kKeys];
+    Vec acc[kSome][kKeys];
     clear(acc);
     for (int64_t d = 0; d < whole; d += kLanes) {
       Vec kv[kKeys];
       for (int j = 0; j < kKeys; ++j) kv[j] = load(key[j] + d);
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kSome; ++r) {
         const Vec q = load(query + r * width + d);
         for (int j = 0; j < kKeys; ++j) acc[r][j] += q * kv[j];
       }
@@ -90,10 +93,10 @@ void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile
     if (whole < head_dim) {
       for (int j = 0; j < kKeys; ++j) {
         const Vec kv = load_part(key[j] + whole, static_cast<int>(head_dim - whole));
-        for (int r = 0; r < kRows; ++r) acc[r][j] += load(query + r * width + whole) * kv;
+        for (int r = 0; r < kSome; ++r) acc[r][j] += load(query + r * width + whole) * kv;
       }
     }
-    store_logits(sums(acc) + bias, softcap, k, s);
+    store_logits<kKeys>(sums(acc) + bias, softcap, k, s);
   }
 }
 
@@ -138,11 +141,11 @@ inline float fold_values(float* s, const Fold& fold) {
 }
 
 // out[row] = keep[row] * out[row] + shift[row] + sum over keys of s[row][key] * value[key].
-template <class T, int kBlock>
+template <int kSome, int kBlock, class T>
 void accumulate_block(const float (*s)[kTile], const Update& update, const Tile<T>& tile, int64_t fetched, int64_t d,
                       int part, float* out, int64_t record) {
-  Vec acc[kRows][kBlock];
-  for (int r = 0; r < kRows; ++r) {
+  Vec acc[kSome][kBlock];
+  for (int r = 0; r < kSome; ++r) {
     for (int j = 0; j < kBlock; ++j) {
       acc[r][j] = load(out + r * record + d + j * kLanes) * update.keep[r] + update.shift[r];
     }
@@ -152,27 +155,34 @@ void accumulate_block(const float (*s)[kTile], const Update& update, const Tile<
     if (fetched) fetch(tile.next_keys + k * tile.key_stride, fetched);
     for (int j = 0; j < kBlock; ++j) {
       const Vec v = part ? load_part(value, part) : load(value + j * kLanes);
-      for (int r = 0; r < kRows; ++r) acc[r][j] += v * s[r][k];
+      for (int r = 0; r < kSome; ++r) acc[r][j] += v * s[r][k];
     }
   }
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kSome; ++r) {
     for (int j = 0; j < kBlock; ++j) store(out + r * record + d + j * kLanes, acc[r][j]);
   }
 }
 
+// The channels from `d` on, in blocks of kBlock vectors, then of half as many, and so on.
+template <int kSome, int kBlock, class T>
+void accumulate_from(int64_t d, const float (*s)[kTile], const Update& update, const Tile<T>& tile, int64_t fetched,
+                     int64_t v_head_dim, float* out, int64_t record) {
+  for (; d + kBlock * kLanes <= v_head_dim; d += kBlock * kLanes) {
+    accumulate_block<kSome, kBlock>(s, update, tile, d ? 0 : fetched, d, 0, out, record);
+  }
+  if constexpr (kBlock > 1) {
+    accumulate_from<kSome, kBlock / 2>(d, s, update, tile, fetched, v_head_dim, out, record);
+  } else if (d < v_head_dim) {
+    const int part = static_cast<int>(v_head_dim - d);
+    accumulate_block<kSome, 1>(s, update, tile, d ? 0 : fetched, d, part, out, record);
+  }
+}
+
 // `fetched` elements of each key of the next tile are fetched on the way.
-template <class T>
+template <int kSome, class T>
 void accumulate(const float (*s)[kTile], const Update& update, const Tile<T>& tile, int64_t fetched, int64_t v_head_dim,
                 float* out, int64_t record) {
-  constexpr int kBlock = kLanes == 16 ? 4 : 2;
-  int64_t d = 0;
-  for (; d + kBlock * kLanes <= v_head_dim; d += kBlock * kLanes) {
-    accumulate_block<T, kBlock>(s, update, tile, d ? 0 : fetched, d, 0, out, record);
-  }
-  for (; d + kLanes <= v_head_dim; d += kLanes) accumulate_block<T, 1>(s, update, tile, 0, d, 0, out, record);
-  if (d < v_head_dim) {
-    accumulate_block<T, 1>(s, update, tile, 0, d, static_cast<int>(v_head_dim - d), out, record);
-  }
+  accumulate_from<kSome, kAccumulators / kSome>(0, s, update, tile, fetched, v_head_dim, out, record);
 }
 
 // Running results of a segment's rows, [v_head_dim outputs, maximum, sum] each; kRows more than `rows` are written.
@@ -183,25 +193,38 @@ class Rows {
     for (int64_t r = 0; r < padded(rows, kRows); ++r) at(r)[record - 2] = -kInfinity;
   }
 
-  // Pass the rows from `begin` on, a group of kRows, over a tile; row r sees the first visible(r) of its keys.
-  // `query` is that of the group; `fold` belongs to quantised tiles.
+  // Pass the rows from `begin` on, a group of kRows or the last ones, over a tile; row r sees the first visible(r) of
+  // its keys. `query` is that of the group; `fold` belongs to quantised tiles.
   template <class T, class Visible>
   void pass(int64_t begin, const float* query, int64_t head_dim, const Tile<T>& tile, bool first, float softcap,
             Visible visible, const Fold* fold = nullptr) {
-    alignas(64) float s[kRows][kTile];
-    Update update;
-    logits(query, head_dim, dim_, tile, first, softcap, fold, s);
-    for (int r = 0; r < kRows; ++r) {
-      float* row = at(begin + r);
-      update.keep[r] = softmax(s[r], visible(begin + r), row + record_ - 2, row + record_ - 1);
-      if (fold != nullptr) update.shift[r] = fold_values(s[r], *fold);
+    const int64_t left = rows_ - begin;
+    if (kRows == 1 || left > 2) {
+      pass_some<kRows>(begin, query, head_dim, tile, first, softcap, visible, fold);
+    } else if (left == 2) {
+      pass_some<kRows == 1 ? 1 : 2>(begin, query, head_dim, tile, first, softcap, visible, fold);
+    } else {
+      pass_some<1>(begin, query, head_dim, tile, first, softcap, visible, fold);
     }
-    accumulate(s, update, tile, first && tile.next_keys ? head_dim : 0, dim_, at(begin), record_);
   }
 
   void copy_to(float* slot) const { std::memcpy(slot, buffer_, rows_ * record_ * sizeof(float)); }
 
  private:
+  template <int kSome, class T, class Visible>
+  void pass_some(int64_t begin, const float* query, int64_t head_dim, const Tile<T>& tile, bool first, float softcap,
+                 Visible visible, const Fold* fold) {
+    alignas(64) float s[kSome][kTile];
+    Update update;
+    logits<kSome>(query, head_dim, dim_, tile, first, softcap, fold, s);
+    for (int r = 0; r < kSome; ++r) {
+      float* row = at(begin + r);
+      update.keep[r] = softmax(s[r], visible(begin + r), row + record_ - 2, row + record_ - 1);
+      if (fold != nullptr) update.shift[r] = fold_values(s[r], *fold);
+    }
+    accumulate<kSome>(s, update, tile, first && tile.next_keys ? head_dim : 0, dim_, at(begin), record_);
+  }
+
   static Scratch& scratch() {
     static thread_local Scratch scratch;
     return scratch;

@@ -54,6 +54,17 @@ def test_kernels_and_schedule_are_right_and_clean(tmp_path):
         assert re.search(r"^0 of \d{5,} checks failed; instruction sets:.* generic$", done.stdout, re.MULTILINE)
 
 
+def test_sixteen_lanes_are_right_on_any_processor(tmp_path):
+    """What AVX-512 has a kernel do, rows and sums and remainders, done by lesser instructions."""
+    lanes = ("-std=c++17", "-O2", "-Wno-psabi", "-DKVZIP_GENERIC_LANES=16")
+    objects, include = compile_kernels(tmp_path, lanes), f"-I{build.sources() / 'include'}"
+    for source in PROGRAMS:
+        program = tmp_path / source.stem
+        subprocess.run([compiler, *lanes, include, str(source), *objects, "-pthread", "-o", program], check=True)
+        done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr[-4000:]
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm to read symbols with")
 def test_no_function_can_be_merged_across_instruction_sets(tmp_path):
     """A weak function made with AVX-512 would be the linker's choice for all: none leaves its own namespace.
