@@ -17,6 +17,8 @@ from kvzip.evaluation.summary import FEWEST, Point, summarize
 from kvzip.evaluation.tables import comma_separated, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
+SCORERS = "all,gate"
+EVERY = "every method that needs no file and no question, and the trained gate"
 
 
 def sweep(options: list[str], folder: Path, workers: int) -> None:
@@ -32,21 +34,26 @@ def sweep(options: list[str], folder: Path, workers: int) -> None:
         sys.exit(failed[0])
 
 
-def page(results: Results, points: list[Point], command: str) -> str:
-    """The means over all exams of a length, and how they were made."""
+def page(results: Results, points: list[Point], command: str, name: str = "exams", what: str = EVERY) -> str:
+    """The means over all exams of a length, and how they were made.
+
+    Args:
+        name: stem of the files beside it.
+        what: the methods, in words.
+    """
     means = [part for part in markdown(points).split("\n\n### ") if part.removeprefix("### ").startswith("Mean over")]
     (settings,) = results.settings.values()
     run = results.runs[-1]
     about = [
-        "# The bundled model's exams: every method that needs no file and no question, and the trained gate",
+        f"# The bundled model's exams: {what}",
         "",
         f"Command: `{command}`.",
         "Mean score, each dataset counting once, best methods first; columns: ratio asked to be kept; (kept ...): the",
-        "fraction that was, where it is another. Each method has its own level. [exams.csv](exams.csv) has every",
+        f"fraction that was, where it is another. Each method has its own level. [{name}.csv]({name}.csv) has every",
         f"dataset, bytes, time and intervals (fewer than {FEWEST} contexts: no interval); figures:",
-        "[exams-kv.png](exams-kv.png), [exams-facts.png](exams-facts.png). Facts, kv and passkey have eight questions",
-        f"a context, the needles one; {settings['num']} contexts a dataset and length. Essay haystacks are neutral",
-        f"sentences. Weights {settings['weights']}; {os.cpu_count()} cores, torch {run['torch']}, transformers",
+        f"[{name}-kv.png]({name}-kv.png), [{name}-facts.png]({name}-facts.png). Facts, kv and passkey have eight",
+        f"questions a context, the needles one; {settings['num']} contexts a dataset and length. Essay haystacks are",
+        f"neutral sentences. Weights {settings['weights']}; {os.cpu_count()} cores, torch {run['torch']}, transformers",
         f"{run['transformers']}.",
         *(["", *(f"- {note}" for note in results.notes)] if results.notes else []),
     ]
@@ -56,7 +63,7 @@ def page(results: Results, points: list[Point], command: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="exams:1000,exams:2000,exams:4000", help="as for eval.py")
-    parser.add_argument("--scorer", default="all,gate", help="as for eval.py")
+    parser.add_argument("--scorer", default=SCORERS, help="as for eval.py")
     parser.add_argument("--ratio", default="0.1,0.2,0.3,0.5,0.7,1.0", help="as for eval.py")
     parser.add_argument("-n", "--num", default="2", help="contexts a dataset and length")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
@@ -69,7 +76,8 @@ def main() -> None:
     results = merge([args.results])
     points = summarize(results.lines, seed=0)
     given = " ".join(sys.argv[1:])
-    text = page(results, points, f"python -m tools.exam_sweep {given}".rstrip())
+    what = EVERY if args.scorer == SCORERS else args.scorer.replace(",", ", ")
+    text = page(results, points, f"python -m tools.exam_sweep {given}".rstrip(), args.out.name, what)
     args.out.with_suffix(".md").write_text(text)
     args.out.with_suffix(".csv").write_text(comma_separated(points))
     for name in args.figures.split(","):
