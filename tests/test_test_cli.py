@@ -194,11 +194,16 @@ def test_our_own_errors_are_not_swallowed(cli, monkeypatch):
 
 
 def test_interrupted_it_leaves_one_line_and_status_130(tmp_path):
+    """Python loses an interrupt that falls into a destructor or an import's callback; who waits presses again."""
     command = [sys.executable, SCRIPT, "--num", "1000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert "bundled" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        try:
+            _, err = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "test.py: interrupted\n")
 
 

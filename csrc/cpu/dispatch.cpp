@@ -6,7 +6,7 @@
 
 namespace kvzip {
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(KVZIP_GENERIC_LANES)
 namespace avx512 {
 extern const Kernels kKernels;
 }
@@ -20,7 +20,7 @@ extern const Kernels kKernels;
 
 const Kernels* cpu_kernels(const char* isa) {
   const auto wanted = [isa](const Kernels& kernels) { return isa == nullptr || std::strcmp(isa, kernels.isa) == 0; };
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(KVZIP_GENERIC_LANES)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

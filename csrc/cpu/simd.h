@@ -230,8 +230,9 @@ inline Vec add_pairs(Vec a, Vec b) {
   return KVZIP_SHUFFLE(a, b, pick<size>(0)) + KVZIP_SHUFFLE(a, b, pick<size>(1));
 }
 
-// Query rows that share what is loaded of a key or value, and widened; of fewer rows, two or one do.
+// Query rows that share what is loaded of a key or value, and widened; where no more than two are left, two do.
 constexpr int kRows = kLanes == 4 ? 1 : 4;
+constexpr int kFewer = kLanes == 4 ? 1 : 2;
 constexpr int kAccumulators = kLanes == 16 ? 16 : 8;  // that stay in registers beside what is loaded
 
 // Element by element, as an array's `= {}` is a call of memset.

@@ -198,13 +198,10 @@ class Rows {
   template <class T, class Visible>
   void pass(int64_t begin, const float* query, int64_t head_dim, const Tile<T>& tile, bool first, float softcap,
             Visible visible, const Fold* fold = nullptr) {
-    const int64_t left = rows_ - begin;
-    if (kRows == 1 || left > 2) {
+    if (rows_ - begin > kFewer) {
       pass_some<kRows>(begin, query, head_dim, tile, first, softcap, visible, fold);
-    } else if (left == 2) {
-      pass_some<kRows == 1 ? 1 : 2>(begin, query, head_dim, tile, first, softcap, visible, fold);
     } else {
-      pass_some<1>(begin, query, head_dim, tile, first, softcap, visible, fold);
+      pass_some<kFewer>(begin, query, head_dim, tile, first, softcap, visible, fold);
     }
   }
 

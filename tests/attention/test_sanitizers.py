@@ -56,11 +56,15 @@ def test_kernels_and_schedule_are_right_and_clean(tmp_path):
 
 def test_sixteen_lanes_are_right_on_any_processor(tmp_path):
     """What AVX-512 has a kernel do, rows and sums and remainders, done by lesser instructions."""
-    lanes = ("-std=c++17", "-O2", "-Wno-psabi", "-DKVZIP_GENERIC_LANES=16")
-    objects, include = compile_kernels(tmp_path, lanes), f"-I{build.sources() / 'include'}"
+    lanes = ("-std=c++17", "-O1", "-Wno-psabi", "-DKVZIP_GENERIC_LANES=16", "-DKVZIP_ISA=generic")
+    include, folder = f"-I{build.sources() / 'include'}", build.sources() / "cpu"
+    own = [str(folder / name) for name in ("kernels.cpp", "column_max.cpp", "dispatch.cpp")]
+    objects = [str(tmp_path / f"{Path(source).stem}.o") for source in own]
+    for source, target in zip(own, objects, strict=True):
+        subprocess.run([compiler, *lanes, include, "-c", source, "-o", target], check=True)
     for source in PROGRAMS:
         program = tmp_path / source.stem
-        subprocess.run([compiler, *lanes, include, str(source), *objects, "-pthread", "-o", program], check=True)
+        subprocess.run([compiler, *lanes[:2], include, str(source), *objects, "-pthread", "-o", program], check=True)
         done = subprocess.run([program], capture_output=True, text=True, timeout=300)
         assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr[-4000:]
 
