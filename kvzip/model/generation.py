@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from contextlib import nullcontext
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from kvzip.kvcache import KVCache
+from kvzip.model.checks import check_tokens
 from kvzip.model.compressing import Compressor, Decoding
 from kvzip.model.decode import decode, make_plan
 from kvzip.model.passes import feed
@@ -253,9 +253,8 @@ def _options(
                 options.setdefault(name, None)
     wanted = options.get("max_new_tokens", getattr(config, "max_new_tokens", None))
     most = options.get("max_length", getattr(config, "max_length", None))
-    for name, limit in (("max_new_tokens", wanted), ("max_length", most)):
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, Integral)):
-            raise ValueError(f"{name} must be a whole number, got {limit!r}")
+    limits = {"max_new_tokens": wanted, "max_length": most}
+    check_tokens(**{name: limit for name, limit in limits.items() if limit is not None})
     _check_room(model, wanted if wanted is not None or most is None else most - length, room)
     if options.get("stop_strings", getattr(config, "stop_strings", None)) is not None:
         options.setdefault("tokenizer", model.tokenizer)
