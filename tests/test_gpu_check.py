@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_a_kernel_that_loses_the_last_rows_of_a_long_head_is_found_out(monkeypat
 def test_a_kernel_that_lets_nan_through_is_found_out(where, monkeypatch):
     def wrong(context, **arguments):
         output, lse = BACKENDS["cpu"].attend(context=context, **arguments)
-        lost = context.values[: context.lengths[0]]
+        lost = context.values
         if where == "masked rows":
             lost = context.values[:0] if context.mask is None else context.values[~context.mask.flatten()]
         return output + 0 * lost.sum(), lse
@@ -100,7 +101,9 @@ def test_a_kernel_that_lets_nan_through_is_found_out(where, monkeypatch):
     )
     monkeypatch.setattr(gpu_kernels, "HEAD_DIMS", (64,))
     assert gpu_kernels.check_isolation("cpu", "cpu")["passed"]
-    assert not gpu_kernels.check_isolation("cpu", "wrong")["passed"]
+    found = gpu_kernels.check_isolation("cpu", "wrong")
+    hidden = [name for name, shape in gpu_kernels.SHAPES.items() if shape.masked or where == "heads"]
+    assert len(found["failures"]) == 3 * len(set(hidden) & set(gpu_kernels.ISOLATED)), "in every dtype"
 
 
 def test_a_step_that_fails_is_reported_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
@@ -149,16 +152,17 @@ def test_a_kernel_that_does_not_repeat_itself_is_found_out():
 
 
 def ended(monkeypatch, status=0, out="", err=""):
-    """Processes that are not run but end like this; their commands."""
+    """Processes that are not run but end like this, but for a probe, which works; their commands."""
     commands = []
 
-    def run(command, **options):
+    def finished(command, environment=None, **options):
         commands.append(command)
         if "racecheck" in command:
-            raise subprocess.TimeoutExpired(command, options["timeout"])
-        return subprocess.CompletedProcess(command, status, out, err)
+            raise subprocess.TimeoutExpired(command, gpu_check.SECONDS)
+        works = any("torch.ones" in word for word in command)
+        return subprocess.CompletedProcess(command, 0 if works else status, out, err)
 
-    monkeypatch.setattr(gpu_check.subprocess, "run", run)
+    monkeypatch.setattr(gpu_check, "finished", finished)
     return commands
 
 
@@ -183,6 +187,39 @@ def test_a_sanitizer_that_hangs_does_not_hide_what_the_others_found(monkeypatch)
     assert found["tools"] == {"memcheck": "clean", "synccheck": "clean", "initcheck": "clean"}
     filtered = {command[2] for command in commands if "--kernel-name" in command}
     assert filtered == {"memcheck", "racecheck", "synccheck"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "clean"), [("void at::native::reduce_kernel<512>", {"initcheck"}), ("void kvzip::merge_kernel", set())]
+)
+def test_only_complaints_of_our_kernels_count_where_all_are_watched(monkeypatch, kernel, clean):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: sys.executable)
+    frames = "=========     Host Frame: main in /home/kvzip::/python"
+    complaint = (
+        f"========= Uninitialized __global__ memory read of size 4 bytes\n=========     at {kernel}(Args)\n{frames}"
+    )
+    ended(monkeypatch, gpu_check.FOUND_SOMETHING, complaint)
+    found = gpu_check.sanitize("cuda")["tools"]
+    assert {name for name, result in found.items() if result == "clean"} == clean
+    ended(monkeypatch, 1, complaint)
+    assert "clean" not in gpu_check.sanitize("cuda")["tools"].values(), "what it watched did not end well"
+
+
+def test_a_process_that_takes_too_long_takes_its_children_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "SECONDS", 2)
+    child = tmp_path / "child"
+    command = ["sh", "-c", f"sleep 1000 & echo $! > {child}; wait"]
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu_check.finished(command)
+    number = int(child.read_text())
+    for _ in range(100):
+        if not Path(f"/proc/{number}").exists() or "Z" in Path(f"/proc/{number}/stat").read_text().split()[2]:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child lives on")
+    done = gpu_check.finished(["sh", "-c", "echo $KVZIP_WORD; exit 3"], {"KVZIP_WORD": "heard"})
+    assert (done.returncode, done.stdout) == (3, "heard\n")
 
 
 def test_a_benchmark_that_fails_halfway_keeps_its_rows(monkeypatch):

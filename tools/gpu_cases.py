@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from kvzip.attention import RaggedKV, TailKV, quantize
 
 PREFIX = 3  # tokens before quantised ones
+_BLOCK = 2**18  # rows that are converted at once, so that a head may be as long as memory allows
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def problem(shape: Shape, groups: int, head_dim: int, dtype: torch.dtype, device
     draw = torch.Generator(device).manual_seed(seed)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=draw, device=device).to(dtype)
+        return torch.randn(*size, generator=draw, device=device, dtype=dtype)
 
     heads, total, length = len(shape.lengths), sum(shape.lengths), shape.past + shape.q_len
     mask = None
@@ -94,6 +96,10 @@ def plain(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor
 
     In 16 bits as PyTorch's fused attention has it: sums in float32, weights and output rounded.
     """
+
+    def blocks(parts: Iterable[Tensor]) -> list[Tensor]:
+        return [block for part in parts for block in part.split(_BLOCK)]
+
     rounded, dtype = dtype, torch.promote_types(dtype, torch.float32)
     query, context, tail = arguments["query"].to(dtype), arguments["context"], arguments["tail"]
     batch, num_heads, q_len, _ = query.shape
@@ -109,15 +115,16 @@ def plain(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor
             parts.append(more.dequantized(kv_head, 0, more.lengths[kv_head]))
             masks.append((more.mask, more.lengths[kv_head]))
         parts.append((all_keys[b, kv_head], all_values[b, kv_head]))
-        keys, values = (torch.cat([part.to(dtype) for part in each]) for each in zip(*parts, strict=True))
+        keys, values = map(blocks, zip(*parts, strict=True))
         length = all_keys.shape[2]
-        positions = torch.arange(length, device=keys.device)
-        seen = positions <= length - q_len + torch.arange(q_len, device=keys.device)[:, None]
+        positions = torch.arange(length, device=query.device)
+        seen = positions <= length - q_len + torch.arange(q_len, device=query.device)[:, None]
         if tail.skip is not None:
             seen &= (positions < tail.skip[b, 0]) | (positions >= tail.skip[b, 1])
         kept = [seen.new_ones(stored) if mask is None else mask[kv_head] for mask, stored in masks]
         seen = torch.cat([torch.cat(kept).expand(q_len, -1), seen], dim=1)
-        logits = (query[b, head] * arguments["scaling"]) @ keys.T
+        scaled = query[b, head] * arguments["scaling"]
+        logits = torch.cat([scaled @ block.to(dtype).T for block in keys], dim=1)
         if arguments["softcap"]:
             logits = arguments["softcap"] * torch.tanh(logits / arguments["softcap"])
         logits = logits.masked_fill(~seen, -torch.inf)
@@ -125,8 +132,10 @@ def plain(arguments: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor
         if arguments["sinks"] is not None:
             sink = arguments["sinks"][head].to(dtype).expand(q_len, 1)
             logits = torch.cat([logits, sink], dim=1)
-            values = torch.cat([values, torch.zeros_like(values[:1])])
-        outputs.append((logits.softmax(-1).to(rounded).to(dtype) @ values).to(rounded).to(dtype))
+            values.append(torch.zeros_like(values[-1][:1]))
+        weights = logits.softmax(-1).to(rounded).to(dtype).split([len(block) for block in values], dim=1)
+        output = sum(some @ block.to(dtype) for some, block in zip(weights, values, strict=True))
+        outputs.append(output.to(rounded).to(dtype))
     output = torch.stack(outputs).view(batch, num_heads, q_len, -1).transpose(1, 2)
     return output, torch.stack(sums).view(batch, num_heads, q_len)
 

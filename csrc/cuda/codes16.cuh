@@ -46,8 +46,8 @@ struct Codes16 : Outputs16<kHeadDimension, kBlocks> {
   static constexpr int kParts = 8 / kBits;                    // codes of a byte
   static constexpr int kPartBlocks = kHeadDim / 16 / kParts;  // blocks of 16 channels that one part of the bytes has
   static constexpr float kMiddle = 1 << (kBits - 1);
-  // Probability times scale times this is about a probability where values are about 1, and never exceeds float16. The
-  // outputs are larger by as much.
+  // Probability times scale times this is about a probability where values are about 1, and within float16 where a
+  // token's values span up to 2^17. The outputs are larger by as much.
   static constexpr float kWeightFactor = 1 << (kBits - 2);
 
   float shift[kBlocks][2];  // of all channels of this lane's rows, from this lane's keys

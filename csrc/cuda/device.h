@@ -12,7 +12,9 @@
 namespace kvzip {
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("kvzip: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: it is reported here, not by the next launch
+  throw std::runtime_error(std::string("kvzip: ") + what + ": " + cudaGetErrorString(error));
 }
 
 constexpr int kMaxDevices = 64;

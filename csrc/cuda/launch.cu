@@ -2,8 +2,7 @@
 // (see there), with nvcc 12.8 or later:
 //
 //   nvcc -O3 -std=c++17 -shared -Xcompiler -fPIC,-fvisibility=hidden -DTORCH_TARGET_VERSION=0x020b000000000000
-//     -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
-//     -gencode arch=compute_100,code=sm_100 -gencode arch=compute_120,code=[sm_120,compute_120]
+//     -gencode arch=compute_80,code=[sm_80,compute_80] and the same with 90, 100 and 120
 //     -Icsrc/include -Icsrc/cuda -I<torch>/include csrc/cuda/launch.cu csrc/cuda/launch_codes.cu csrc/cuda/bindings.cpp
 //     -L<torch>/lib -ltorch_cpu -o _cuda.so
 //

@@ -69,7 +69,7 @@ class Backend:
         summary: what it is, in some words.
         attend, block, column_max: its functions; they work once `load` has returned.
         devices: device types that it computes on; None = any.
-        load: build or find what it needs; raises KernelsUnavailable.
+        load: build or find what it needs to compute on the given devices; raises KernelsUnavailable.
         misfit: (head_dim, dtype) -> why it cannot serve such a model, None = it can.
         static: it reads the tail's length on the device, so that decoding steps can be captured as a CUDA graph.
     """
@@ -80,7 +80,7 @@ class Backend:
     block: Block
     column_max: ColumnMax = reference.column_max
     devices: tuple[str, ...] | None = None
-    load: Callable[[], None] = lambda: None
+    load: Callable[[Sequence[torch.device]], None] = lambda devices: None
     misfit: Callable[[int, torch.dtype], str | None] = lambda head_dim, dtype: None
     static: bool = False
 
@@ -139,9 +139,10 @@ def resolve_backend(
         ValueError: unknown name, or a backend that does not compute on these devices or for such a model.
         KernelsUnavailable: the backend needs a compiler, a driver or a package that is missing; the message says which.
     """
-    kinds = tuple(sorted({device.type for device in devices}))
+    places = list(dict.fromkeys(devices))
+    kinds = tuple(sorted({device.type for device in places}))
     if name == "auto":
-        backend = BACKENDS[_first_available(_AUTO.get(kinds, ()), head_dims, dtype)]
+        backend = BACKENDS[_first_available(_AUTO.get(kinds, ()), places, head_dims, dtype)]
         logger.info("attention backend: %s (%s), layers on %s", backend.name, backend.summary, ", ".join(kinds))
         return backend
     check_backend(name)
@@ -153,7 +154,7 @@ def resolve_backend(
         )
     if reason := _misfit(backend, head_dims, dtype):
         raise ValueError(f"backend {name!r} cannot serve this model: {reason}; use 'auto' or 'torch'")
-    backend.load()
+    backend.load(places)
     return backend
 
 
@@ -162,13 +163,15 @@ def _misfit(backend: Backend, head_dims: Iterable[int], dtype: torch.dtype) -> s
     return next(filter(None, (backend.misfit(head_dim, dtype) for head_dim in head_dims)), "")
 
 
-def _first_available(names: Iterable[str], head_dims: Sequence[int], dtype: torch.dtype) -> str:
+def _first_available(
+    names: Iterable[str], devices: Sequence[torch.device], head_dims: Sequence[int], dtype: torch.dtype
+) -> str:
     for name in names:
         if reason := _misfit(BACKENDS[name], head_dims, dtype):
             logger.warning("attention backend %s cannot serve this model: %s", name, reason)
             continue
         try:
-            BACKENDS[name].load()
+            BACKENDS[name].load(devices)
         except KernelsUnavailable as error:
             logger.warning("attention backend %s is not available: %s", name, error)
         else:

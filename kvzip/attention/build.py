@@ -105,13 +105,15 @@ def _link_flags(to_linker: str) -> list[str]:
 
 
 def _compiler(target: str) -> str:
-    names = (os.environ.get("CXX"), "g++", "clang++") if target == "cpu" else (os.environ.get("NVCC"), "nvcc")
-    for name in names:
+    toolkits = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    names = {
+        "cpu": (os.environ.get("CXX"), "g++", "clang++"),
+        "cuda": (os.environ.get("NVCC"), "nvcc", *(f"{toolkit}/bin/nvcc" for toolkit in toolkits if toolkit)),
+    }
+    for name in names[target]:
         found = name and shutil.which(name)
         if found:
             return found
-    if target == "cuda" and Path("/usr/local/cuda/bin/nvcc").exists():
-        return "/usr/local/cuda/bin/nvcc"
     wanted = "a C++ compiler (g++ or clang++, or $CXX)" if target == "cpu" else "the CUDA compiler nvcc (or $NVCC)"
     raise KernelsUnavailable(f"the {target} kernels are not built, and {wanted} was not found")
 
@@ -126,8 +128,10 @@ def library_path(target: str, *, everything: bool = False) -> Path:
         KernelsUnavailable: no sources.
     """
     folder = sources()
-    every = CUDA_ARCHITECTURES if everything else cuda_architectures()
-    targets = isas() if target == "cpu" else every
+    if target == "cpu":
+        targets: object = isas()
+    else:
+        targets = CUDA_ARCHITECTURES if everything else cuda_architectures()
     digest = hashlib.sha256(f"{torch.__version__} {platform.machine()} {targets}".encode())
     digest.update(Path(__file__).read_bytes())
     files = [*(folder / "include").rglob("*"), *(folder / target).rglob("*")]
@@ -174,6 +178,8 @@ def _compile(target: str, compiler: str, path: Path) -> None:
 def cuda_architectures() -> tuple[str, ...]:
     """Those that this machine's GPUs run, so that a first use waits less; all where there is none, or a newer one."""
     found = set()
+    if not torch.cuda.is_available():  # also where there is a GPU, but a driver too old for torch
+        return CUDA_ARCHITECTURES
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         known = [one for one in CUDA_ARCHITECTURES if one[:-1] == str(major) and int(one[-1]) <= minor]
@@ -186,10 +192,8 @@ def cuda_architectures() -> tuple[str, ...]:
 def cuda_command(folder: Path) -> list[str]:
     """Arguments of nvcc, but for its output, that make one library for all of `cuda_architectures()`."""
     flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    for number in cuda_architectures():
-        outermost = number in (CUDA_ARCHITECTURES[0], CUDA_ARCHITECTURES[-1])  # PTX too: for GPUs between, and to come
-        code = f"[sm_{number},compute_{number}]" if outermost else f"sm_{number}"
-        flags += ["-gencode", f"arch=compute_{number},code={code}"]
+    for number in cuda_architectures():  # PTX too: for GPUs between, and to come
+        flags += ["-gencode", f"arch=compute_{number},code=[sm_{number},compute_{number}]"]
     inputs = sorted(str(path) for path in (folder / "cuda").iterdir() if path.suffix in (".cu", ".cpp"))
     return [*flags, f"-I{folder / 'include'}", *_torch_flags("-isystem"), *inputs, *_link_flags("-Xlinker=")]
 

@@ -1,5 +1,6 @@
 """The flash-attn package: its varlen function over the ragged context, its dense one over the tail."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def misfit(head_dim: int, dtype: torch.dtype) -> str | None:
     return None
 
 
-def load() -> None:
+def load(devices: Sequence[torch.device] = ()) -> None:
     """Check that the package and a device are there.
 
     Raises:

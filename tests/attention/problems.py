@@ -16,7 +16,7 @@ def missing(name: str) -> str:
     if info.devices is not None and "cpu" not in info.devices:
         return f"backend {name!r} does not compute on a CPU"
     try:
-        info.load()
+        info.load([torch.device("cpu")])
     except KernelsUnavailable as error:
         return str(error)
     return ""

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from kvzip import ModelKVzip
-from kvzip.attention import BACKENDS, build, resolve_backend
+from kvzip.attention import BACKENDS, build, cuda, resolve_backend
 from kvzip.attention.build import KernelsUnavailable
+from tests.attention.problems import missing
 from tests.tiny import build as tiny_model
 from tests.tiny import ids
 
@@ -50,6 +51,7 @@ def without_compilers(monkeypatch, folder):
     monkeypatch.setenv("PATH", str(folder / "bin"))
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setenv("NVCC", "/nonexistent")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
 
 
 # -- where and when ----------------------------------------------------------------------------------------------------
@@ -190,13 +192,71 @@ def test_a_compiler_that_cannot_be_run_is_said_so(fresh, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_and_flash_say_what_is_missing():
-    cuda = torch.device("cuda", 0)
+    device = torch.device("cuda", 0)
     with pytest.raises(KernelsUnavailable, match="needs a CUDA device and driver, and torch sees none"):
-        resolve_backend("cuda", [cuda])
+        resolve_backend("cuda", [device])
     with pytest.raises(
         KernelsUnavailable, match=r"flash-attn, which is not installed.*pip install|needs a CUDA device"
     ):
-        resolve_backend("flash", [cuda])
+        resolve_backend("flash", [device])
+
+
+def pretend_a_gpu(monkeypatch, capability=(9, 0)):
+    """torch seems to have devices, which are this machine's CPU; the library of the CUDA kernels seems to be loaded."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(build, "load", lambda target: Path("library.so"))
+
+
+@pytest.mark.skipif(bool(missing("cpu")), reason=missing("cpu"))
+def test_cuda_is_available_where_its_kernels_run(monkeypatch):
+    """The step that `load` tries is a call that a kernel takes: here that of the CPU."""
+    pretend_a_gpu(monkeypatch)
+    cuda.load([CPU])
+
+
+def test_cuda_is_not_available_where_its_kernels_do_not_run(monkeypatch):
+    """As with a driver that is older than the compiler: torch works, the library is built and loads."""
+
+    def attend(*_, **__):
+        raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+    pretend_a_gpu(monkeypatch)
+    monkeypatch.setattr(cuda, "attend", attend)
+    with pytest.raises(KernelsUnavailable, match=r"do not run on cpu: CUDA driver version is insufficient"):
+        cuda.load([CPU])
+
+
+def test_cuda_needs_a_device_that_is_new_enough(monkeypatch):
+    pretend_a_gpu(monkeypatch, (7, 5))
+    with pytest.raises(KernelsUnavailable, match=r"needs compute capability \(8, 0\), cpu has \(7, 5\)"):
+        cuda.load([CPU])
+
+
+def test_a_driver_that_torch_cannot_use_is_no_matter(fresh, monkeypatch):
+    """The driver lists a GPU, torch cannot start it: both kernels are built all the same, the GPU's for all of them."""
+
+    def broken(device):
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", broken)
+    monkeypatch.setenv("CXX", recording_compiler(fresh))
+    monkeypatch.setenv("NVCC", recording_compiler(fresh))
+    for target in build.TARGETS:
+        assert build.build(target).exists()
+    assert build.cuda_architectures() == build.CUDA_ARCHITECTURES
+
+
+def test_the_cuda_compiler_is_found_in_its_toolkit(fresh, monkeypatch):
+    without_compilers(monkeypatch, fresh)
+    (fresh / "toolkit" / "bin").mkdir(parents=True)
+    recording_compiler(fresh)
+    (fresh / "compiler").rename(fresh / "toolkit" / "bin" / "nvcc")
+    monkeypatch.setenv("CUDA_HOME", str(fresh / "toolkit"))
+    assert build._compiler("cuda") == str(fresh / "toolkit" / "bin" / "nvcc")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
