@@ -218,7 +218,7 @@ def main() -> None:
         "",
         f"![exact answers by ratio, peak memory and time by length]({args.name}.png)",
     ]
-    write(args.name, " ".join(["python benchmarks/bench_blocks.py", *sys.argv[1:]]), lines)
+    write(args.name, lines)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import in_fresh_process, llama_50m, random_ids, reset_peak, resident, write
+from common import device, in_fresh_process, llama_50m, positive, random_ids, reset_peak, resident, write
 
 from kvzip import ModelKVzip
 from kvzip.model.loading import bundled_path
 
+MODELS = ("llama-54m", "bundled")
 MODES = ("stock dynamic", "stock static", "kvzip 1.0", "kvzip 0.3")
 QUERY, SHORT = 16, 18  # a short run long enough for a CUDA graph, so that its capture is in both
 MIB = 2**20
@@ -124,37 +126,55 @@ def memory(mode: str, model: str, length: int, rows: int, device: str) -> int:
     return resident("VmHWM") - before
 
 
+class Case(NamedTuple):
+    """One comparison: a model, tokens of context, questions at once."""
+
+    model: str
+    length: int
+    rows: int
+
+    def __str__(self) -> str:
+        return ":".join(map(str, self))
+
+
+def case(text: str) -> Case:
+    """MODEL:CONTEXT:QUERIES, of the command line."""
+    model, *numbers = text.split(":")
+    if model not in MODELS or len(numbers) != 2:
+        raise argparse.ArgumentTypeError(f"expected MODEL:CONTEXT:QUERIES with a model of {MODELS}, got {text!r}")
+    return Case(model, *map(positive, numbers))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    cases = "llama-54m:4096:1,llama-54m:16384:1,llama-54m:4096:8,bundled:2048:1,bundled:2048:8"
-    parser.add_argument("--cases", default=cases, help="MODEL:CONTEXT:QUERIES, ...")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    cases = "llama-54m:4096:1 llama-54m:16384:1 llama-54m:4096:8 bundled:2048:1 bundled:2048:8"
+    parser.add_argument(
+        "--cases", type=case, nargs="+", default=[case(one) for one in cases.split()], help="MODEL:CONTEXT:QUERIES"
+    )
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--tokens", type=positive, default=32)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--memory", nargs=2, metavar=("MODE", "CASE"), help="measure here, print JSON")
     args = parser.parse_args()
     if args.memory:
-        model, length, rows = args.memory[1].split(":")
-        print(json.dumps(memory(args.memory[0], model, int(length), int(rows), args.device)))
+        print(json.dumps(memory(args.memory[0], *case(args.memory[1]), args.device)))
         return
     lines = [
         "| model | context | queries | | ms/step median (min-max) | over stock dynamic | peak memory MiB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for case in args.cases.split(","):
-        model, length, rows = case.split(":")
-        found = times(model, int(length), int(rows), args.tokens, args.rounds, args.device)
+    for one in args.cases:
+        found = times(*one, args.tokens, args.rounds, args.device)
         stock = statistics.median(found[MODES[0]])
         for mode in MODES:
-            ms, peak = found[mode], in_fresh_process(__file__, "--memory", mode, case, "--device", args.device)
+            ms, peak = found[mode], in_fresh_process(__file__, "--memory", mode, str(one), "--device", args.device)
             median = statistics.median(ms)
             lines.append(
-                f"| {model} | {length} | {rows} | {mode} | {median:.2f} ({min(ms):.2f}-{max(ms):.2f}) "
+                f"| {one.model} | {one.length} | {one.rows} | {mode} | {median:.2f} ({min(ms):.2f}-{max(ms):.2f}) "
                 f"| {median / stock:.2f} | {peak / MIB:.0f} |"
             )
             print(lines[-1], flush=True)
-    suffix, option = ("", "") if args.device == "cpu" else ("_cuda", " --device cuda")
-    write(f"generate{suffix}", f"python benchmarks/bench_generate.py{option}", lines)
+    write("generate" if args.device == "cpu" else "generate_cuda", lines)
 
 
 if __name__ == "__main__":

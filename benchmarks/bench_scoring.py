@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import llama_50m, random_ids, write
+from common import device, llama_50m, positive, random_ids, write
 
 from kvzip import ModelKVzip
 from kvzip.scoring import Notes, PrefillCall, ScoringContext
@@ -87,10 +87,10 @@ def now(device: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--chunk", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[2048, 8192, 16384])
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--chunk", type=positive, default=2000)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--backends", nargs="+", default=["auto", "torch"])
     args = parser.parse_args()
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
@@ -129,7 +129,7 @@ def main() -> None:
             )
             print(lines[-1], flush=True)
     suffix = "" if args.device == "cpu" else "_cuda"
-    write(f"scoring{suffix}", " ".join(["python", "benchmarks/bench_scoring.py", *sys.argv[1:]]), lines)
+    write(f"scoring{suffix}", lines)
 
 
 if __name__ == "__main__":

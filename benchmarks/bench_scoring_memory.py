@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import in_fresh_process, llama_50m, random_ids, reset_peak, resident, write
+from common import in_fresh_process, llama_50m, positive, random_ids, reset_peak, resident, write
 
 from kvzip import ModelKVzip
 from kvzip.scoring.methods.kvzip import KVzip
@@ -44,14 +44,16 @@ def one(length: int, chunk: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lengths", default="4096,8192,16384")
-    parser.add_argument("--chunk", type=int, default=2000)
-    parser.add_argument("--one", type=int, help="measure this length here and print JSON")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[4096, 8192, 16384], help="two or more")
+    parser.add_argument("--chunk", type=positive, default=2000)
+    parser.add_argument("--one", type=positive, help="measure this length here and print JSON")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(args.one, args.chunk)))
         return
-    rows = [in_fresh_process(__file__, "--one", n, "--chunk", str(args.chunk)) for n in args.lengths.split(",")]
+    if len(set(args.lengths)) < 2:
+        parser.error(f"--lengths: growth needs two lengths at least, got {args.lengths}")
+    rows = [in_fresh_process(__file__, "--one", str(n), "--chunk", str(args.chunk)) for n in args.lengths]
     first, last = rows[0], rows[-1]
     slope = (last["peak"] - first["peak"]) / (last["length"] - first["length"])
     per_token = last["kv"] / last["length"]
@@ -69,7 +71,7 @@ def main() -> None:
         f"(a chunk's KV {args.chunk * per_token / MIB:.1f}, a plain forward of a chunk with its own KV "
         f"{first['activations'] / MIB:.1f}).",
     ]
-    write("scoring_memory", "python benchmarks/bench_scoring_memory.py", lines)
+    write("scoring_memory", lines)
 
 
 if __name__ == "__main__":

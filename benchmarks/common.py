@@ -1,7 +1,9 @@
 """What the benchmarks share: a random model of known size, memory of this process, machine facts."""
 
+import argparse
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -76,8 +78,36 @@ def machine() -> str:
     )
 
 
-def write(name: str, command: str, lines: list[str]) -> None:
-    """Print a result and write it to results/NAME.md with the command and the machine."""
+def positive(text: str) -> int:
+    """A number of at least 1, of the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def ratio(text: str) -> float:
+    """A fraction kept, of the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction above 0 and up to 1, got {text!r}")
+    return value
+
+
+def device(text: str) -> str:
+    """ "cpu" or "cuda", of the command line."""
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no CUDA device")
+    return text
+
+
+def write(name: str, lines: list[str]) -> None:
+    """Print a result and write it to results/NAME.md with this process's command and the machine."""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     text = "\n".join([f"Command: `{command}`", "", machine(), "", *lines, ""])
     print(text)
     (RESULTS / f"{name}.md").write_text(text)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from common import write
+from common import device, positive, ratio, write
 from torch import Tensor
 
 from kvzip import ModelKVzip
@@ -105,11 +105,11 @@ def run(
         ratios: default ratios kept.
     """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--contexts", type=int, nargs="+", default=contexts)
+    parser.add_argument("--device", type=device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--contexts", type=positive, nargs="+", default=contexts)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--ratios", type=float, nargs="+", default=ratios)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--ratios", type=ratio, nargs="+", default=ratios)
+    parser.add_argument("--rounds", type=positive, default=11)
     args = parser.parse_args()
     bandwidth = copy_bandwidth(args.device)
     lines = [
@@ -122,6 +122,4 @@ def run(
         for dtype in args.dtypes:
             lines += case(context, DTYPES[dtype], args.ratios, args.device, args.rounds, bandwidth)
     suffix = "" if args.device == "cpu" else f"_{args.device}"
-    file = Path(script).name
-    command = f"python benchmarks/{file}" + (f" --device {args.device}" if suffix else "")
-    write(file.removeprefix("bench_").removesuffix(".py") + suffix, command, lines)
+    write(Path(script).stem.removeprefix("bench_") + suffix, lines)

@@ -1,7 +1,10 @@
 // The CPU kernels as torch operators, through PyTorch's stable ABI. The schemas are defined in kvzip/attention/native.py.
 
 #include <algorithm>
+#include <cmath>
+#include <initializer_list>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -18,6 +21,8 @@ using torch::stable::Tensor;
 
 // A worker should have at least this many multiplications, else starting it costs more than it saves.
 constexpr int64_t kLeastWork = 1 << 18;
+// Tiles of one worker's share, and so of one running sum: a longer one would lose to rounding. Threads then have several.
+constexpr int64_t kMostTiles = 128;
 
 kvzip::DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -39,23 +44,45 @@ void check_like(const Tensor& tensor, const char* name, int64_t dim, const Tenso
   STD_TORCH_CHECK(tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, name, "'s last dimension must be contiguous");
 }
 
+bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (const int64_t size : shape) same = same && tensor.size(i++) == size;
+  return same;
+}
+
 const int64_t* offsets(const std::optional<Tensor>& tensor, const char* name, int64_t count) {
-  STD_TORCH_CHECK(tensor.has_value(), name, " must be given with keys");
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Long && tensor->dim() == 1 && tensor->size(0) == count &&
-                      tensor->is_contiguous(),
+  STD_TORCH_CHECK(tensor.has_value(), name, " must be given with its rows");
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Long && has_shape(*tensor, {count}) && tensor->is_contiguous(),
                   name, " must be ", count, " contiguous int64");
   return static_cast<const int64_t*>(tensor->const_data_ptr());
 }
 
-void check_schedule(const int64_t* cu_seqlens, const int64_t* cu_tiles, int64_t heads, int64_t rows) {
+// `prefix`: of the two names.
+void check_schedule(const char* prefix, const int64_t* cu_seqlens, const int64_t* cu_tiles, int64_t heads,
+                    int64_t rows) {
   for (int64_t head = 0; head < heads; ++head) {
     const int64_t length = cu_seqlens[head + 1] - cu_seqlens[head];
-    STD_TORCH_CHECK(length >= 0, "cu_seqlens must not decrease");
-    STD_TORCH_CHECK(cu_tiles[head + 1] - cu_tiles[head] == kvzip::tiles_of(length),
-                    "cu_tiles must count the tiles of cu_seqlens");
+    STD_TORCH_CHECK(length >= 0, prefix, "cu_seqlens must not decrease");
+    STD_TORCH_CHECK(cu_tiles[head + 1] - cu_tiles[head] == kvzip::tiles_of(length), prefix,
+                    "cu_tiles must count the tiles of ", prefix, "cu_seqlens");
   }
-  STD_TORCH_CHECK(cu_seqlens[0] == 0 && cu_tiles[0] == 0, "cu_seqlens and cu_tiles must begin with 0");
-  STD_TORCH_CHECK(cu_seqlens[heads] == rows, "cu_seqlens must end with the rows of keys and values, ", rows);
+  STD_TORCH_CHECK(cu_seqlens[0] == 0 && cu_tiles[0] == 0, prefix, "cu_seqlens and ", prefix,
+                  "cu_tiles must begin with 0");
+  STD_TORCH_CHECK(cu_seqlens[heads] == rows, prefix, "cu_seqlens must end with the rows of keys and values, ", rows);
+}
+
+// Codes or scales of quantised rows.
+const void* packed(const std::optional<Tensor>& tensor, const char* name, ScalarType type,
+                   std::initializer_list<int64_t> shape, const Tensor& query) {
+  STD_TORCH_CHECK(tensor.has_value(), name, " must be given with bits");
+  std::string wanted;
+  for (const int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(tensor->scalar_type() == type && tensor->is_contiguous() && has_shape(*tensor, shape) &&
+                      tensor->device() == query.device(),
+                  name, " must be contiguous ", type == ScalarType::Byte ? "uint8" : "float16", " of shape (", wanted,
+                  "), on the device of query");
+  return tensor->const_data_ptr();
 }
 
 const uint8_t* rows_mask(const std::optional<Tensor>& mask, const char* name, int64_t heads,
@@ -72,7 +99,8 @@ const uint8_t* rows_mask(const std::optional<Tensor>& mask, const char* name, in
 }
 
 float softcap_of(const std::optional<double>& softcap) {
-  STD_TORCH_CHECK(!softcap || *softcap > 0, "softcap must be positive or None, got ", softcap.value_or(0.0));
+  STD_TORCH_CHECK(!softcap || (*softcap > 0 && std::isfinite(*softcap)), "softcap must be positive or None, got ",
+                  softcap.value_or(0.0));
   return static_cast<float>(softcap.value_or(0.0));
 }
 
@@ -133,8 +161,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
   a.query = query.const_data_ptr();
   a.tail_keys = tail_keys.const_data_ptr();
   a.tail_values = tail_values.const_data_ptr();
+  STD_TORCH_CHECK(keys.has_value() == values.has_value(), "keys and values must be given together");
   if (keys) {
-    STD_TORCH_CHECK(values.has_value(), "values must be given with keys");
     check_like(*keys, "keys", 2, query);
     check_like(*values, "values", 2, query);
     STD_TORCH_CHECK(keys->is_contiguous() && values->is_contiguous(), "keys and values must be contiguous");
@@ -145,30 +173,29 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
     STD_TORCH_CHECK(keys->size(0) == values->size(0), "keys and values must have as many rows");
     a.cu_seqlens = offsets(cu_seqlens, "cu_seqlens", a.num_kv_heads + 1);
     a.cu_tiles = offsets(cu_tiles, "cu_tiles", a.num_kv_heads + 1);
-    check_schedule(a.cu_seqlens, a.cu_tiles, a.num_kv_heads, keys->size(0));
+    check_schedule("", a.cu_seqlens, a.cu_tiles, a.num_kv_heads, keys->size(0));
     a.mask = rows_mask(mask, "mask", a.num_kv_heads, a.cu_seqlens, &a.mask_stride);
   }
+  STD_TORCH_CHECK(bits == 8 || bits == 4 || (bits == 0 && !key_codes && !value_codes),
+                  "bits must be 8 or 4, or 0 without codes, got ", bits);
   if (bits != 0) {
-    STD_TORCH_CHECK(bits == 8 || bits == 4, "bits must be 8 or 4, got ", bits);
     STD_TORCH_CHECK(bits == 8 || (a.head_dim % 2 == 0 && a.v_head_dim % 2 == 0), "4 bits need an even head_dim");
     kvzip::Quantized& q = a.quantized;
     q.bits = static_cast<int>(bits);
     q.cu_seqlens = offsets(quantized_cu_seqlens, "quantized_cu_seqlens", a.num_kv_heads + 1);
     q.cu_tiles = offsets(quantized_cu_tiles, "quantized_cu_tiles", a.num_kv_heads + 1);
     const int64_t rows = q.cu_seqlens[a.num_kv_heads], tiles = q.cu_tiles[a.num_kv_heads];
-    check_schedule(q.cu_seqlens, q.cu_tiles, a.num_kv_heads, rows);
-    const auto part = [&](const std::optional<Tensor>& tensor, const char* name, ScalarType type, int64_t count) {
-      STD_TORCH_CHECK(tensor.has_value() && tensor->scalar_type() == type && tensor->is_contiguous() &&
-                          tensor->numel() == count && tensor->device() == query.device(),
-                      name, " must be contiguous, of the right dtype, on the device of query, ", count, " elements");
-      return tensor->const_data_ptr();
+    check_schedule("quantized_", q.cu_seqlens, q.cu_tiles, a.num_kv_heads, rows);
+    const auto part = [&](const std::optional<Tensor>& tensor, const char* name, ScalarType type,
+                          std::initializer_list<int64_t> shape) { return packed(tensor, name, type, shape, query); };
+    const auto codes = [&](const std::optional<Tensor>& tensor, const char* name, int64_t head_dim) {
+      return static_cast<const uint8_t*>(part(tensor, name, ScalarType::Byte, {rows, head_dim * bits / 8}));
     };
-    q.key_codes = static_cast<const uint8_t*>(part(key_codes, "key_codes", ScalarType::Byte, rows * a.head_dim * bits / 8));
-    q.value_codes =
-        static_cast<const uint8_t*>(part(value_codes, "value_codes", ScalarType::Byte, rows * a.v_head_dim * bits / 8));
+    q.key_codes = codes(key_codes, "key_codes", a.head_dim);
+    q.value_codes = codes(value_codes, "value_codes", a.v_head_dim);
     q.key_scales =
-        static_cast<const uint16_t*>(part(key_scales, "key_scales", ScalarType::Half, tiles * 2 * a.head_dim));
-    q.value_scales = static_cast<const uint16_t*>(part(value_scales, "value_scales", ScalarType::Half, rows * 2));
+        static_cast<const uint16_t*>(part(key_scales, "key_scales", ScalarType::Half, {tiles, 2, a.head_dim}));
+    q.value_scales = static_cast<const uint16_t*>(part(value_scales, "value_scales", ScalarType::Half, {rows, 2}));
     q.mask = rows_mask(quantized_mask, "quantized_mask", a.num_kv_heads, q.cu_seqlens, &q.mask_stride);
   }
   if (tail_skip) {
@@ -195,7 +222,8 @@ std::tuple<Tensor, Tensor> attend(const Tensor& query, const std::optional<Tenso
   const int64_t tiles = (a.context_tiles() + a.quantized_tiles()) * a.batch + a.tail_tiles();
   const int64_t work = tiles * kvzip::kTile * a.head_rows() * (a.head_dim + a.v_head_dim);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t workers = std::clamp<int64_t>(work / kLeastWork, 1, threads);
+  const int64_t busy = std::clamp<int64_t>(work / kLeastWork, 1, threads);
+  const int64_t workers = busy * (1 + std::max(a.context_tiles(), a.quantized_tiles()) / (busy * kMostTiles));
   Tensor workspace = torch::stable::new_empty(query, {kernels.workspace(a, workers)}, ScalarType::Float);
   float* space = static_cast<float*>(workspace.mutable_data_ptr());
   parallel(workers, [&](int64_t begin, int64_t end) {

@@ -47,22 +47,22 @@ void block_max(const ColumnMax& c, int64_t kv_head, int64_t first, int count) {
       clear(acc);
       for (int64_t d = 0; d < c.head_dim; ++d) {
         Vec key[kBlock];
-        for (int j = 0; j < kBlock; ++j) key[j] = load(keys + d * kWidth + j * kLanes);
-        for (int r = 0; r < kTogether; ++r) {
+        KVZIP_UNROLLED(j, kBlock) key[j] = load(keys + d * kWidth + j * kLanes);
+        KVZIP_UNROLLED(r, kTogether) {
           const float q = rows[r * c.head_dim + d];
-          for (int j = 0; j < kBlock; ++j) acc[r][j] += key[j] * q;
+          KVZIP_UNROLLED(j, kBlock) acc[r][j] += key[j] * q;
         }
       }
       for (int64_t r = 0; r < present; ++r) {
         const float lse = c.lse[head * c.q_len + i + r];
-        for (int j = 0; j < kBlock; ++j) {
+        KVZIP_UNROLLED(j, kBlock) {
           const Vec x = c.softcap > 0 ? tanh_of(acc[r][j] / c.softcap) * c.softcap : acc[r][j];
           top[j] = maximum(x - lse, top[j]);
         }
       }
     }
     float lanes[kWidth];
-    for (int j = 0; j < kBlock; ++j) store(lanes + j * kLanes, top[j]);
+    KVZIP_UNROLLED(j, kBlock) store(lanes + j * kLanes, top[j]);
     std::memcpy(c.out + head * c.kv_len + first, lanes, count * sizeof(float));
   }
 }

@@ -53,11 +53,11 @@ void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile
     clear(acc);
     const auto add = [&](int64_t d, int n) __attribute__((always_inline)) {
       Pair codes[kKeys];
-      for (int j = 0; j < kKeys; ++j) codes[j] = load_pair(key[j] + d, n);
-      for (int r = 0; r < kSome; ++r) {
+      KVZIP_UNROLLED(j, kKeys) codes[j] = load_pair(key[j] + d, n);
+      KVZIP_UNROLLED(r, kSome) {
         const float* row = query + r * width + d;
         const Vec low = load(row), high = n == kLanes ? load(row + half) : load_part(row + half, n);
-        for (int j = 0; j < kKeys; ++j) {
+        KVZIP_UNROLLED(j, kKeys) {
           acc[r][j] += low * codes[j].low;
           acc[r][j] += high * codes[j].high;
         }
@@ -75,28 +75,25 @@ template <int kSome, int kBlock>
 inline void accumulate_pairs(const float (*s)[kTile], const Update& update, const Tile<Nibbles>& tile, int64_t fetched,
                              int64_t half, int64_t d, int n, float* out, int64_t record) {
   Pair acc[kSome][kBlock];
-  for (int r = 0; r < kSome; ++r) {
-    for (int j = 0; j < kBlock; ++j) {
-      const float* row = out + r * record + d + j * kLanes;
-      const Vec low = load(row), high = n == kLanes ? load(row + half) : load_part(row + half, n);
-      acc[r][j] = {low * update.keep[r] + update.shift[r], high * update.keep[r] + update.shift[r]};
-    }
+  KVZIP_UNROLLED(r, kSome) {
+    KVZIP_UNROLLED(j, kBlock) acc[r][j] = {Vec{}, Vec{}};
   }
   for (int k = 0; k < tile.count; ++k) {
     if (fetched) fetch(tile.next_keys + k * tile.key_stride, fetched / 2);
-    for (int j = 0; j < kBlock; ++j) {
+    KVZIP_UNROLLED(j, kBlock) {
       const Pair codes = load_pair(tile.value(k) + d + j * kLanes, n);
-      for (int r = 0; r < kSome; ++r) {
+      KVZIP_UNROLLED(r, kSome) {
         acc[r][j].low += codes.low * s[r][k];
         acc[r][j].high += codes.high * s[r][k];
       }
     }
   }
-  for (int r = 0; r < kSome; ++r) {
-    for (int j = 0; j < kBlock; ++j) {
+  KVZIP_UNROLLED(r, kSome) {
+    KVZIP_UNROLLED(j, kBlock) {
       float* row = out + r * record + d + j * kLanes;
-      store_part(row, acc[r][j].low, n);
-      store_part(row + half, acc[r][j].high, n);
+      const Vec low = load(row), high = n == kLanes ? load(row + half) : load_part(row + half, n);
+      store_part(row, low * update.keep[r] + (acc[r][j].low + update.shift[r]), n);
+      store_part(row + half, high * update.keep[r] + (acc[r][j].high + update.shift[r]), n);
     }
   }
 }

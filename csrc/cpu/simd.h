@@ -17,6 +17,14 @@
 #define KVZIP_ISA generic
 #endif
 
+// A loop that is written out at once. Left to itself the compiler does so late or, in large functions, not at all, and an
+// array of accumulators then goes through memory.
+#if defined(__clang__)
+#define KVZIP_UNROLLED(i, n) _Pragma("unroll") for (int i = 0; i < (n); ++i)
+#else
+#define KVZIP_UNROLLED(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
+#endif
+
 namespace kvzip {
 namespace KVZIP_ISA {
 
@@ -128,7 +136,7 @@ inline void from_float(float x, float16* p) {
 
 // `n` of a vector's elements, the others 0; n < kLanes.
 template <class T>
-inline Vec load_part(const T* p, int n) {
+__attribute__((noinline)) Vec load_part(const T* p, int n) {
   float lanes[kLanes] = {};
   for (int i = 0; i < n; ++i) lanes[i] = to_float(p[i]);
   return load(lanes);
@@ -143,28 +151,16 @@ inline void store_part(float* p, Vec v, int n) {
   }
 }
 
-inline Vec select(IVec mask, Vec a, Vec b) { return (Vec)((mask & (IVec)a) | (~mask & (IVec)b)); }
+inline Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 
 // Unlike std::max these keep NaN: a head with one has a NaN result, not none.
 inline float maximum(float a, float b) { return a > b || a != a ? a : b; }
 inline Vec maximum(Vec a, Vec b) { return select((a > b) | (a != a), a, b); }
 
-inline IVec lane_index() {
-  IVec v;
+inline constexpr IVec lane_index() {
+  IVec v{};
   for (int i = 0; i < kLanes; ++i) v[i] = i;
   return v;
-}
-
-inline float max_of(Vec v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = maximum(m, v[i]);
-  return m;
-}
-
-inline float sum_of(Vec v) {
-  float s = v[0];
-  for (int i = 1; i < kLanes; ++i) s += v[i];
-  return s;
 }
 
 // exp(x) - 1 = scale * p + (scale - 1), with scale a power of two: relative error of p about 1e-7. x in [-87, 88].
@@ -213,21 +209,32 @@ inline Vec kvzip_shuffle(Vec a, Vec b, IVec index) {
 #define KVZIP_SHUFFLE(a, b, index) __builtin_shuffle(a, b, index)
 #endif
 
-// Lanes of groups of `size` alternately from a and b, the even (odd = 0) or odd groups of each.
+// The maximum, or the sum, of all lanes.
+template <int size = kLanes / 2>
+inline float max_of(Vec v) {
+  v = maximum(v, KVZIP_SHUFFLE(v, v, lane_index() ^ size));
+  if constexpr (size > 1) return max_of<size / 2>(v);
+  return v[0];
+}
+template <int size = kLanes / 2>
+inline float sum_of(Vec v) {
+  v += KVZIP_SHUFFLE(v, v, lane_index() ^ size);
+  if constexpr (size > 1) return sum_of<size / 2>(v);
+  return v[0];
+}
+
+// Lanes in groups of `size`: the even groups of a and the odd ones of b where they are, which costs no shuffle; or, the
+// other way, the odd groups of a and the even ones of b, each in its neighbour's place.
 template <int size>
-inline constexpr IVec pick(int odd) {
+inline constexpr IVec pick(bool other) {
   IVec v{};
-  for (int i = 0; i < kLanes; ++i) {
-    const int group = i / size;
-    const int from = (group / 2) * 2 + odd;
-    v[i] = (group % 2) * kLanes + from * size + i % size;
-  }
+  for (int i = 0; i < kLanes; ++i) v[i] = i / size % 2 * kLanes + (other ? i ^ size : i);
   return v;
 }
 
 template <int size>
-inline Vec add_pairs(Vec a, Vec b) {
-  return KVZIP_SHUFFLE(a, b, pick<size>(0)) + KVZIP_SHUFFLE(a, b, pick<size>(1));
+inline __attribute__((always_inline)) Vec add_pairs(Vec a, Vec b) {
+  return KVZIP_SHUFFLE(a, b, pick<size>(false)) + KVZIP_SHUFFLE(a, b, pick<size>(true));
 }
 
 // Query rows that share what is loaded of a key or value, and widened; where no more than two are left, two do.
@@ -238,22 +245,22 @@ constexpr int kAccumulators = kLanes == 16 ? 16 : 8;  // that stay in registers 
 // Element by element, as an array's `= {}` is a call of memset.
 template <int kFirst, int kSecond>
 inline void clear(Vec (&acc)[kFirst][kSecond]) {
-  for (int i = 0; i < kFirst; ++i) {
-    for (int j = 0; j < kSecond; ++j) acc[i][j] = Vec{};
+  KVZIP_UNROLLED(i, kFirst) {
+    KVZIP_UNROLLED(j, kSecond) acc[i][j] = Vec{};
   }
 }
 
 // Horizontal sums of as many accumulators as a vector has lanes, [row][key]: element kKeys * row + key of the result.
 template <int kSome, int kKeys>
-inline Vec sums(const Vec (&acc)[kSome][kKeys]) {
+inline __attribute__((always_inline)) Vec sums(const Vec (&acc)[kSome][kKeys]) {
   static_assert(kSome * kKeys == kLanes, "one sum a lane");
   Vec part[kLanes / 2];
-  for (int i = 0; i < kLanes / 2; ++i) {
+  KVZIP_UNROLLED(i, kLanes / 2) {
     part[i] = add_pairs<1>(acc[2 * i / kKeys][2 * i % kKeys], acc[(2 * i + 1) / kKeys][(2 * i + 1) % kKeys]);
   }
-  for (int i = 0; i < kLanes / 4; ++i) part[i] = add_pairs<2>(part[2 * i], part[2 * i + 1]);
+  KVZIP_UNROLLED(i, kLanes / 4) part[i] = add_pairs<2>(part[2 * i], part[2 * i + 1]);
   if constexpr (kLanes >= 8) {
-    for (int i = 0; i < kLanes / 8; ++i) part[i] = add_pairs<4>(part[2 * i], part[2 * i + 1]);
+    KVZIP_UNROLLED(i, kLanes / 8) part[i] = add_pairs<4>(part[2 * i], part[2 * i + 1]);
   }
   if constexpr (kLanes >= 16) part[0] = add_pairs<8>(part[0], part[1]);
   return part[0];

@@ -84,16 +84,16 @@ void logits(const float* query, int64_t head_dim, int64_t v_head_dim, const Tile
     clear(acc);
     for (int64_t d = 0; d < whole; d += kLanes) {
       Vec kv[kKeys];
-      for (int j = 0; j < kKeys; ++j) kv[j] = load(key[j] + d);
-      for (int r = 0; r < kSome; ++r) {
+      KVZIP_UNROLLED(j, kKeys) kv[j] = load(key[j] + d);
+      KVZIP_UNROLLED(r, kSome) {
         const Vec q = load(query + r * width + d);
-        for (int j = 0; j < kKeys; ++j) acc[r][j] += q * kv[j];
+        KVZIP_UNROLLED(j, kKeys) acc[r][j] += q * kv[j];
       }
     }
     if (whole < head_dim) {
-      for (int j = 0; j < kKeys; ++j) {
+      KVZIP_UNROLLED(j, kKeys) {
         const Vec kv = load_part(key[j] + whole, static_cast<int>(head_dim - whole));
-        for (int r = 0; r < kSome; ++r) acc[r][j] += load(query + r * width + whole) * kv;
+        KVZIP_UNROLLED(r, kSome) acc[r][j] += load(query + r * width + whole) * kv;
       }
     }
     store_logits<kKeys>(sums(acc) + bias, softcap, k, s);
@@ -140,26 +140,25 @@ inline float fold_values(float* s, const Fold& fold) {
   return sum_of(shift);
 }
 
-// out[row] = keep[row] * out[row] + shift[row] + sum over keys of s[row][key] * value[key].
+// out[row] = keep[row] * out[row] + shift[row] + sum over keys of s[row][key] * value[key]. A `part` is of one vector.
 template <int kSome, int kBlock, class T>
 void accumulate_block(const float (*s)[kTile], const Update& update, const Tile<T>& tile, int64_t fetched, int64_t d,
                       int part, float* out, int64_t record) {
-  Vec acc[kSome][kBlock];
-  for (int r = 0; r < kSome; ++r) {
-    for (int j = 0; j < kBlock; ++j) {
-      acc[r][j] = load(out + r * record + d + j * kLanes) * update.keep[r] + update.shift[r];
-    }
-  }
+  Vec acc[kSome][kBlock];  // of this tile alone: one sum of thousands of keys would lose much to rounding
+  clear(acc);
   for (int k = 0; k < tile.count; ++k) {
     const T* value = tile.value(k) + d;
     if (fetched) fetch(tile.next_keys + k * tile.key_stride, fetched);
-    for (int j = 0; j < kBlock; ++j) {
-      const Vec v = part ? load_part(value, part) : load(value + j * kLanes);
-      for (int r = 0; r < kSome; ++r) acc[r][j] += v * s[r][k];
+    KVZIP_UNROLLED(j, kBlock) {
+      const Vec v = kBlock == 1 && part ? load_part(value, part) : load(value + j * kLanes);
+      KVZIP_UNROLLED(r, kSome) acc[r][j] += v * s[r][k];
     }
   }
-  for (int r = 0; r < kSome; ++r) {
-    for (int j = 0; j < kBlock; ++j) store(out + r * record + d + j * kLanes, acc[r][j]);
+  KVZIP_UNROLLED(r, kSome) {
+    KVZIP_UNROLLED(j, kBlock) {
+      float* at = out + r * record + d + j * kLanes;
+      store(at, load(at) * update.keep[r] + (acc[r][j] + update.shift[r]));
+    }
   }
 }
 

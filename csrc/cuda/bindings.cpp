@@ -95,7 +95,8 @@ std::tuple<Tensor, Tensor> attend(Tensor query, std::optional<Tensor> keys, std:
     p.context = ragged("", total, kv_heads, *cu_seqlens, *cu_tiles, mask, query);
     p.keys = keys->data_ptr(), p.values = values->data_ptr();
   }
-  require(bits == 0 || bits == 8 || bits == 4, "bits is ", bits, "; expected 8, 4 or 0");
+  require(bits == 8 || bits == 4 || (bits == 0 && !key_codes && !value_codes), "bits is ", bits,
+          "; expected 8, 4, or 0 without codes");
   if (bits != 0) {
     require(key_codes && value_codes && key_scales && value_scales && quantized_cu_seqlens && quantized_cu_tiles,
             "codes, scales, quantized_cu_seqlens and quantized_cu_tiles must all be given with bits ", bits);

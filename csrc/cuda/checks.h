@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <sstream>
@@ -145,7 +146,7 @@ inline int groups_of(int64_t query_heads, int64_t kv_heads) {
 }
 
 inline float softcap_of(const std::optional<double>& softcap) {
-  require(!softcap || *softcap > 0, "softcap must be positive or None");
+  require(!softcap || (*softcap > 0 && std::isfinite(*softcap)), "softcap must be positive or None");
   return softcap ? static_cast<float>(*softcap) : 0.0f;
 }
 

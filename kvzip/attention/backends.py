@@ -149,7 +149,8 @@ def resolve_backend(
     backend = BACKENDS[name]
     if backend.devices is not None and not set(kinds) <= set(backend.devices):
         raise ValueError(
-            f"backend {name!r} computes on {' and '.join(backend.devices)}, but layers are on {', '.join(kinds)}; "
+            f"backend {name!r} computes on {' and '.join(backend.devices)}, but layers are on {', '.join(kinds)}"
+            f"{'' if torch.cuda.is_available() else ' (torch sees no CUDA device and driver)'}; "
             "use 'auto' or 'reference'"
         )
     if reason := _misfit(backend, head_dims, dtype):

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -104,18 +105,18 @@ def _link_flags(to_linker: str) -> list[str]:
     return [f"-L{Path(torch.__file__).parent / 'lib'}", f"{to_linker}--no-as-needed", "-ltorch", "-ltorch_cpu"]
 
 
-def _compiler(target: str) -> str:
+def _compiler(target: str) -> list[str]:
+    """The compiler and what is to follow its name, as in CXX="ccache g++"; one that is named is not replaced."""
+    variable = {"cpu": "CXX", "cuda": "NVCC"}[target]
+    chosen = shlex.split(os.environ.get(variable, ""))
     toolkits = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
-    names = {
-        "cpu": (os.environ.get("CXX"), "g++", "clang++"),
-        "cuda": (os.environ.get("NVCC"), "nvcc", *(f"{toolkit}/bin/nvcc" for toolkit in toolkits if toolkit)),
-    }
-    for name in names[target]:
-        found = name and shutil.which(name)
-        if found:
-            return found
+    known = {"cpu": ("g++", "clang++"), "cuda": ("nvcc", *(f"{one}/bin/nvcc" for one in toolkits if one))}
+    for name in chosen[:1] or known[target]:
+        if found := shutil.which(name):
+            return [found, *chosen[1:]]
     wanted = "a C++ compiler (g++ or clang++, or $CXX)" if target == "cpu" else "the CUDA compiler nvcc (or $NVCC)"
-    raise KernelsUnavailable(f"the {target} kernels are not built, and {wanted} was not found")
+    named = f": ${variable} is {chosen[0]!r}" if chosen else ""
+    raise KernelsUnavailable(f"the {target} kernels are not built, and {wanted} was not found{named}")
 
 
 def library_path(target: str, *, everything: bool = False) -> Path:
@@ -162,16 +163,16 @@ def build(target: str) -> Path:
     return path
 
 
-def _compile(target: str, compiler: str, path: Path) -> None:
+def _compile(target: str, compiler: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
         if target == "cpu":
             steps = cpu_objects(sources(), Path(scratch))
             for command, output in steps:
-                _run([compiler, *command, "-o", str(output)])
-            _run([compiler, "-shared", *(str(output) for _, output in steps), *_link_flags("-Wl,"), "-o", str(made)])
+                _run([*compiler, *command, "-o", str(output)])
+            _run([*compiler, "-shared", *(str(output) for _, output in steps), *_link_flags("-Wl,"), "-o", str(made)])
         else:
-            _run([compiler, *cuda_command(sources()), "-o", str(made)])
+            _run([*compiler, *cuda_command(sources()), "-o", str(made)])
         made.replace(path)
 
 

@@ -45,9 +45,13 @@ class Block(Protocol):
 
 def merge(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Merge two partial attentions over disjoint keys; output (..., d), lse (...), float32, -inf = no key seen."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    pivot = torch.where(lse == -torch.inf, 0.0, lse)
-    return output_a * (lse_a - pivot).exp()[..., None] + output_b * (lse_b - pivot).exp()[..., None], lse
+    top = torch.maximum(lse_a, lse_b)
+    pivot = torch.where(top == -torch.inf, 0.0, top)
+    a, b = (lse_a - pivot).exp(), (lse_b - pivot).exp()
+    total = (a + b).clamp(
+        min=1.0
+    )  # not by exp(lse): the weights must add up to 1, and a rounded lse is off by its size
+    return (output_a * a[..., None] + output_b * b[..., None]) / total[..., None], top + total.log()
 
 
 class Ragged(Protocol):

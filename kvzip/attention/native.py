@@ -7,6 +7,8 @@ matrix products then win.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,12 +30,24 @@ torch.library.define(
 )
 
 
+def _check_devices(operator: Any, *arguments: object) -> None:
+    """Raise RuntimeError where a tensor is elsewhere than the first: one on "meta" among others brings us here, too."""
+    query, *others = arguments
+    assert isinstance(query, Tensor)
+    for argument, value in zip(operator.default._schema.arguments[1:], others, strict=False):
+        if isinstance(value, Tensor) and value.device != query.device:
+            raise RuntimeError(f"{argument.name} must be on the device of query, {query.device}, not on {value.device}")
+
+
 @torch.library.register_fake("kvzip::attend")
 def _attend_fake(
     query: Tensor, keys: Tensor | None, values: Tensor | None, cu_seqlens: Tensor | None, cu_tiles: Tensor | None,
     mask: Tensor | None, tail_keys: Tensor, tail_values: Tensor, tail_length: int, tail_cursor: Tensor | None,
     tail_skip: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None, *quantized: object,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    context = (keys, values, cu_seqlens, cu_tiles, mask)
+    rest = (tail_keys, tail_values, tail_length, tail_cursor, tail_skip, scaling, softcap, sinks, *quantized)
+    _check_devices(torch.ops.kvzip.attend, query, *context, *rest)
     batch, num_heads, q_len, _ = query.shape
     output = query.new_empty((batch, q_len, num_heads, tail_values.shape[-1]))
     return output, query.new_empty((batch, num_heads, q_len), dtype=torch.float32)
@@ -41,6 +55,7 @@ def _attend_fake(
 
 @torch.library.register_fake("kvzip::column_max")
 def _column_max_fake(query: Tensor, keys: Tensor, lse: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    _check_devices(torch.ops.kvzip.column_max, query, keys, lse)
     return query.new_empty((query.shape[0], keys.shape[1]), dtype=torch.float32)
 
 

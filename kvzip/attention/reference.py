@@ -53,9 +53,10 @@ def block(
             if causal:
                 token = torch.arange(row.start, row.stop, device=rows.device) % kv_len
                 logits.masked_fill_(positions[key] > token[:, None], -torch.inf)
-            tile_lse = logits.logsumexp(-1)
-            weights = (logits - torch.where(tile_lse == -torch.inf, 0.0, tile_lse)[..., None]).exp_()
-            tile = weights @ values[:, :, key].float()
+            top = logits.amax(-1, keepdim=True)
+            weights = (logits - torch.where(top == -torch.inf, 0.0, top)).exp_()
+            total = weights.sum(-1, keepdim=True).clamp_(min=1.0)
+            tile, tile_lse = weights @ values[:, :, key].float() / total, (top + total.log()).squeeze(-1)
             output[:, :, row], lse[:, :, row] = merge(output[:, :, row], lse[:, :, row], tile, tile_lse)
     return output, lse
 

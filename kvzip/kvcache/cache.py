@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -31,7 +32,22 @@ if TYPE_CHECKING:
     from os import PathLike
 
 KV_TYPES = ("evict", "retain")
+_USERS: dict[int, int] = {}  # thread of those whose tails are in use, by id; beside them, as copies are not in use
 CHOSEN = ("level", "merge", "ratio", "scorer", "threshold")  # of `pruned_with`: how pairs were chosen
+
+
+@contextmanager
+def _alone(kv: KVCache) -> Iterator[None]:
+    """Keep other threads out."""
+    thread = threading.get_ident()
+    outermost = _USERS.get(id(kv)) != thread
+    if _USERS.setdefault(id(kv), thread) != thread:
+        raise RuntimeError("another thread is using this kv; give each thread one of its own: kv.clone()")
+    try:
+        yield
+    finally:
+        if outermost:
+            del _USERS[id(kv)]
 
 
 class PruneResult(NamedTuple):
@@ -229,9 +245,14 @@ class KVCache(ScoredContext, Owned):
 
     @contextmanager
     def scratch(self, *, keep: bool = False) -> Iterator[None]:
-        """Drop what is appended inside the block when it ends; with `keep`, only when it raises."""
+        """Drop what is appended inside the block when it ends; with `keep`, only when it raises.
+
+        Raises:
+            RuntimeError: another thread is inside such a block of this kv. Each thread needs a `clone`.
+        """
         ids, drop = self.input_ids, True
         with ExitStack() as ends:  # all of them come to pass, whatever interrupts one
+            ends.enter_context(_alone(self))
 
             def release(layer: Any, mark: Any) -> None:
                 layer.release(mark, drop=drop)

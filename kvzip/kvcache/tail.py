@@ -129,16 +129,14 @@ class Tail:
         return before
 
     def release(self, mark: Floor, *, drop: bool) -> None:
-        """End what `mark` began; with `drop`, be as it was then, except that larger buffers are kept for next time."""
+        """End what `mark` began; with `drop`, be as it was then, in the buffers of then."""
         self._fixed = None
         if drop:
             self._back_to(self._at_floor)
         self._at_floor = mark
 
     def _back_to(self, floor: Floor) -> None:
-        self.length, buffers, self.skip = floor
-        if self.batch != (1 if buffers is None else buffers[0].shape[0]):
-            self._buffers = buffers
+        self.length, self._buffers, self.skip = floor
 
     def take(self, count: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the first `count` states in use, None = all: they are no longer the tail's, which keeps the rest."""

@@ -202,8 +202,8 @@ def _watched_ends(options: dict[str, Any]) -> tuple[dict[str, Any], _Ends | None
     options, criteria = dict(options), list(options.pop("stopping_criteria", None) or ())
     config = options.get("generation_config")
     strings = options.pop("stop_strings", None if config is None else config.stop_strings)
-    if strings is not None:
-        criteria.append(StopStringCriteria(options.pop("tokenizer"), strings))
+    if strings is not None:  # the tokenizer stays: transformers looks for the model's own stop strings itself
+        criteria.append(StopStringCriteria(options["tokenizer"], strings))
     if config is not None and config.stop_strings is not None:
         options["generation_config"] = copy.deepcopy(config)
         options["generation_config"].stop_strings = None
@@ -256,9 +256,13 @@ def _options(
     limits = {"max_new_tokens": wanted, "max_length": most}
     check_tokens(**{name: limit for name, limit in limits.items() if limit is not None})
     _check_room(model, wanted if wanted is not None or most is None else most - length, room)
-    if options.get("stop_strings", getattr(config, "stop_strings", None)) is not None:
-        options.setdefault("tokenizer", model.tokenizer)
     settled: dict[str, Any] = {} if kv is None else {"use_cache": True}  # some checkpoints say False
+    named = (options.get("stop_strings"), config.stop_strings, model.model.generation_config.stop_strings)
+    strings = next((one for one in named if one is not None), None)
+    if strings is not None:
+        settled["stop_strings"] = strings
+        if options.setdefault("tokenizer", model.tokenizer) is None:
+            raise ValueError(f"stop_strings={strings!r} needs a tokenizer, and this model has none: pass tokenizer=")
     if options.get("pad_token_id", config.pad_token_id) is None:
         settled["pad_token_id"] = next(iter(_eos_ids(model, options)), 0)
     if "generation_config" in options:  # transformers takes either that or single settings

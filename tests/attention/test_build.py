@@ -1,7 +1,6 @@
 """The kernels are compiled at first use: where they go, when they are not made again, and what is said without them."""
 
 import logging
-import os
 import shutil
 import stat
 from pathlib import Path
@@ -49,8 +48,8 @@ def without_compilers(monkeypatch, folder):
     """PATH holds nothing at all, and CXX names nothing that exists."""
     (folder / "bin").mkdir()
     monkeypatch.setenv("PATH", str(folder / "bin"))
-    monkeypatch.setenv("CXX", "/nonexistent")
-    monkeypatch.setenv("NVCC", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("NVCC", raising=False)
     monkeypatch.delenv("CUDA_HOME", raising=False)
 
 
@@ -125,6 +124,17 @@ def test_a_missing_compiler_is_named(fresh, monkeypatch, target):
     with pytest.raises(KernelsUnavailable, match=rf"{target} kernels are not built, and .*{wanted}.* was not found"):
         build.load(target)
     assert not (fresh / "cache").exists(), "nothing is left behind"
+
+
+def test_a_compiler_that_is_named_is_not_replaced(fresh, monkeypatch):
+    """It may be more than one word, and where it is not there, no other one is taken."""
+    monkeypatch.setenv("CXX", f"{recording_compiler(fresh)} --extra")
+    build.build("cpu")
+    assert all(call.startswith("--extra ") for call in calls(fresh))
+    monkeypatch.setenv("KVZIP_CACHE", str(fresh / "other"))
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    with pytest.raises(KernelsUnavailable, match=r"was not found: \$CXX is '/nonexistent/g\+\+'"):
+        build.build("cpu")
 
 
 def test_auto_says_why_it_does_without_the_kernel(fresh, monkeypatch, caplog):
@@ -256,7 +266,7 @@ def test_the_cuda_compiler_is_found_in_its_toolkit(fresh, monkeypatch):
     recording_compiler(fresh)
     (fresh / "compiler").rename(fresh / "toolkit" / "bin" / "nvcc")
     monkeypatch.setenv("CUDA_HOME", str(fresh / "toolkit"))
-    assert build._compiler("cuda") == str(fresh / "toolkit" / "bin" / "nvcc")
+    assert build._compiler("cuda") == [str(fresh / "toolkit" / "bin" / "nvcc")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -276,6 +286,5 @@ def test_layers_elsewhere_are_refused_before_anything_is_built(fresh, monkeypatc
 
 def test_the_environment_is_as_before():
     """The fixtures above leave the real kernels usable in this process."""
-    assert "nonexistent" not in os.environ.get("CXX", "")
     backend = resolve_backend("auto", [CPU])
     assert backend.name in ("cpu", "torch")

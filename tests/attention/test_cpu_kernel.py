@@ -4,8 +4,9 @@ import random as python_random
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from kvzip.attention import RaggedKV, TailKV, quantize, reference
+from kvzip.attention import RaggedKV, TailKV, cpu, quantize, reference
 from tests.attention.operators import arguments, attend
 from tests.attention.problems import DTYPES, SCALING, missing, naive, problem, random, real_rows
 
@@ -248,6 +249,28 @@ def test_opcheck_of_attend(with_all):
     else:
         given = arguments(*problem(lengths=None))
     torch.library.opcheck(torch.ops.kvzip.attend.default, tuple(given.values()))
+
+
+@pytest.mark.parametrize("length", [4_096, 32_768, 200_000])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("spread", [0.0, 1.0], ids=["equal values", "values about 1"])
+def test_long_sums_lose_no_more_than_those_of_pytorch(length, bits, spread):
+    """Values that do not cancel: one sum of all keys would be off by ten times as much, by more the longer it is."""
+    query, tail = random(1, 1, 4, 1, 64), TailKV(random(2, 1, 1, 1, 64), random(3, 1, 1, 1, 64) * spread + 1.1, 1)
+    keys, values = random(4, length, 64), random(5, length, 64) * spread + 1.1
+    context = RaggedKV(keys, values, (length,))
+    if bits is not None:
+        rows = quantize(keys, values, (length,), bits)
+        context = RaggedKV(keys[:0], values[:0], (0,), None, rows)
+        keys, values = rows.dequantized(0, 0, length)
+    keys, values = torch.cat([keys, tail.keys[0, 0]])[None], torch.cat([values, tail.values[0, 0]])[None]
+    exact, plain = (
+        scaled_dot_product_attention(query.view(1, 4, 64).to(dtype), keys.to(dtype), values.to(dtype), scale=SCALING)
+        for dtype in (torch.float64, torch.float32)
+    )
+    output, _ = cpu.attend(query, context, tail, scaling=SCALING)
+    error, allowed = ((one.view(4, 64) - exact[0]).square().mean().sqrt() for one in (output, plain))
+    assert error <= 2 * allowed + 1e-7
 
 
 def test_the_kernel_is_exact_about_one_key():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvzip.attention import RaggedKV, TailKV
+from kvzip.attention import RaggedKV, TailKV, quantize
 from tests.attention.operators import arguments, attend, strided_last
 from tests.attention.problems import missing, problem, random
 
@@ -98,6 +98,39 @@ def test_a_bad_cursor_is_refused_by_name(what):
     query, context, tail = problem(**WHOLE)
     with pytest.raises(RuntimeError, match=r"tail_cursor|tail_length"):
         attend(query, context, TailKV(tail.keys, tail.values, 68, BAD_CURSORS[what]))
+
+
+TENSORS = ("keys", "values", "cu_seqlens", "cu_tiles", "tail_keys", "tail_values")
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_a_tensor_on_another_device_is_refused_by_name(name):
+    """One on "meta" brings the fake implementation, which otherwise would return memory that nothing was written to."""
+    given = arguments(*problem(**WHOLE))
+    with pytest.raises(RuntimeError, match=f"{name} must be on the device of query"):
+        torch.ops.kvzip.attend(**{**given, name: given[name].to("meta")})
+    with pytest.raises(RuntimeError, match="lse must be on the device of query"):
+        torch.ops.kvzip.column_max(random(1, 2, 3, 8), random(2, 2, 3, 8), random(3, 2, 3).to("meta"), 1.0, None)
+
+
+def test_what_would_be_passed_over_is_refused():
+    """Values without keys, codes without bits, codes of another shape, a softcap that divides by infinity."""
+    given = arguments(*problem(**WHOLE))
+    with pytest.raises(RuntimeError, match="keys and values must be given together"):
+        torch.ops.kvzip.attend(**{**given, "keys": None})
+    with pytest.raises(RuntimeError, match="softcap must be positive or None"):
+        torch.ops.kvzip.attend(**{**given, "softcap": float("inf")})
+    query, context, tail = problem(lengths=(3,) * 4, head_dim=16)
+    more = quantize(random(11, 391, 16), random(12, 391, 16), (130, 7, 189, 65), 8)
+    given = arguments(query, context, tail) | more.tensors
+    given |= {"bits": 8, "quantized_cu_seqlens": more.cu_seqlens, "quantized_cu_tiles": more.cu_tiles}
+    torch.ops.kvzip.attend(**given)
+    with pytest.raises(RuntimeError, match="bits must be 8 or 4, or 0 without codes, got 0"):
+        torch.ops.kvzip.attend(**{**given, "bits": 0})
+    with pytest.raises(RuntimeError, match=r"key_codes must be contiguous uint8 of shape \(391, 16\)"):
+        torch.ops.kvzip.attend(**{**given, "key_codes": more.key_codes.flatten()})
+    with pytest.raises(RuntimeError, match="quantized_cu_seqlens must not decrease"):
+        torch.ops.kvzip.attend(**{**given, "quantized_cu_seqlens": changed(more.cu_seqlens, 1, -1)})
 
 
 def changed(tensor, at, value):

@@ -1,5 +1,6 @@
 """The tail and what copies, moves, crops or throws it away: growth, clones, devices."""
 
+import threading
 from functools import cache
 from itertools import pairwise
 
@@ -77,6 +78,37 @@ def test_tail_bytes_are_told_apart_from_context_bytes():
     assert kv.tail_length == len(QUERY) + 6
     assert kv.nbytes == nbytes
     assert kv.allocated_nbytes >= allocated + 4 * 2 * kv.tail_length * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_long_query_leaves_no_buffers_behind(turns):
+    kv, model = prefill(), model_of()
+    for _ in range(turns):
+        model.generate(QUERY, kv, update_cache=True, **GREEDY)
+    allocated, before = kv.allocated_nbytes, logits(kv)
+    model.generate(ids(400, seed=4), kv, **GREEDY)
+    assert kv.allocated_nbytes == allocated
+    assert torch.equal(logits(kv), before)
+
+
+def test_a_kv_is_one_threads_at_a_time():
+    """Two in one tail would mix up their tokens; a clone each is right."""
+    kv, found = prefill(), []
+
+    def ask(one):
+        try:
+            found.append(model_of().generate(QUERY, one, **GREEDY).tolist())
+        except RuntimeError as error:
+            found.append(str(error))
+
+    alone = model_of().generate(QUERY, kv, **GREEDY).tolist()
+    for one in (kv, kv.clone()):
+        with kv.scratch(), kv.scratch():
+            thread = threading.Thread(target=ask, args=(one,))
+            thread.start()
+            thread.join()
+    ask(kv)
+    assert found == ["another thread is using this kv; give each thread one of its own: kv.clone()", alone, alone]
 
 
 def test_compact_keeps_kept_turns():

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from kvzip import ModelKVzip, data
 from tests.model.test_generation import VOCAB, byte_tokenizer
@@ -338,6 +338,26 @@ def test_rows_that_stop_early_are_cut_there(eos):
         assert together == one_by_one(TEXTS, kv, eos_token_id=eos, **stop)
         assert together != plain
         assert len({len(row) for row in together}) > 1
+
+
+def test_stop_strings_of_the_models_own_config_end_rows(monkeypatch):
+    """A checkpoint may have some; a call that names none, with a config or without, falls back on them."""
+    kv, model = prefill(), model_of()
+    plain = answers(TEXTS, kv)
+    after = next(one for row in plain for one in row[:4] if any(one not in other for other in plain))
+    strings = [model.tokenizer.decode([after])]
+    expected = answers(TEXTS, kv, stop_strings=strings)
+    monkeypatch.setattr(model.model.generation_config, "stop_strings", strings)
+    assert answers(TEXTS, kv) == one_by_one(TEXTS, kv) == expected != plain
+    config = GenerationConfig(max_new_tokens=12, do_sample=False)
+    assert model.generate(TEXTS, kv, generation_config=config) == [
+        model.generate(text, kv, generation_config=config) for text in TEXTS
+    ]
+    monkeypatch.setattr(model, "tokenizer", None)
+    ids = [[5, 6], [7]]
+    for queries in (ids, ids[0]):
+        with pytest.raises(ValueError, match=r"stop_strings=.* needs a tokenizer, and this model has none"):
+            model.generate(queries, kv)
 
 
 # -- the bundled model -------------------------------------------------------------------------------------------------
