@@ -179,7 +179,7 @@ def test_no_quantised_rows_change_nothing(ops) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 2}, "bits is 2; expected 8, 4 or 0"),
+        ({"bits": 2}, "bits is 2; expected 8, 4, or 0 without codes"),
         ({"bits": 4}, r"key_codes has shape \(60, 64\); expected \(60, 32\)"),
         ({"value_codes": None}, "must all be given with bits 8"),
         ({"value_codes": torch.zeros(60, 64)}, "value_codes must be uint8"),

@@ -123,7 +123,7 @@ def test_random_problems_on_the_kernel():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda args: args.__setitem__(14, 5), "bits must be 8 or 4, got 5"),
+        (lambda args: args.__setitem__(14, 5), "bits must be 8 or 4, or 0 without codes, got 5"),
         (lambda args: args.__setitem__(15, args[15][:-1].contiguous()), "key_codes"),
         (lambda args: args.__setitem__(17, args[17].float()), "key_scales"),
         (lambda args: args.__setitem__(20, args[20] + 1), "cu_tiles"),
