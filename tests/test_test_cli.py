@@ -194,8 +194,13 @@ def test_our_own_errors_are_not_swallowed(cli, monkeypatch):
 
 
 def test_interrupted_it_leaves_one_line_and_status_130(tmp_path):
-    """Python loses an interrupt that falls into a destructor or an import's callback; who waits presses again."""
-    command = [sys.executable, SCRIPT, "--num", "1000"]
+    """Python loses an interrupt that falls into a destructor or an import's callback; who waits presses again.
+
+    A shell's background jobs ignore interrupts, and so does what they start, these tests and theirs: not here.
+    """
+    listen = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    listen += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = [sys.executable, "-c", listen, SCRIPT, "--num", "1000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert "bundled" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
