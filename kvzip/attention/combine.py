@@ -48,9 +48,8 @@ def merge(output_a: Tensor, lse_a: Tensor, output_b: Tensor, lse_b: Tensor) -> t
     top = torch.maximum(lse_a, lse_b)
     pivot = torch.where(top == -torch.inf, 0.0, top)
     a, b = (lse_a - pivot).exp(), (lse_b - pivot).exp()
-    total = (a + b).clamp(
-        min=1.0
-    )  # not by exp(lse): the weights must add up to 1, and a rounded lse is off by its size
+    # Not by exp(lse): the weights must add up to 1, and a rounded lse is off by its size.
+    total = (a + b).clamp(min=1.0)
     return (output_a * a[..., None] + output_b * b[..., None]) / total[..., None], top + total.log()
 
 
